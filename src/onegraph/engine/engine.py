@@ -1,0 +1,282 @@
+"""The engine: continuous batching over a paged KV cache, one step at a time.
+
+Takes: requests (token ids with parameters). Gives: from each step the outputs of requests that ended, and of
+those that stream. A step is three verbs: schedule, run, postprocess. Keeps: the unfinished requests. One
+thread uses an engine.
+"""
+
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from onegraph.engine.admission import check_params, check_prompt
+from onegraph.engine.detokenizer import Detokenizer
+from onegraph.engine.limits import Limits
+from onegraph.engine.logprobs import RankedToken, rank_tokens
+from onegraph.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
+from onegraph.engine.request import Request, Sequence, random_stream
+from onegraph.engine.runner import PromptRows, Runner, StepLogits
+from onegraph.engine.sampler import Sampled, Sampler
+from onegraph.engine.sampling_params import SamplingParams
+from onegraph.engine.scheduler import Batch, Scheduler
+from onegraph.engine.stopping import Stop, StopStrings, stop_by_token
+from onegraph.engine.text import Text
+from onegraph.errors import ConfigError
+from onegraph.log import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The queues, the KV blocks, and how often a sequence was preempted since the start."""
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+    num_preemptions: int
+
+
+class Engine:
+    """Serves requests with one model.
+
+    `vocab_size` bounds token ids; `eos_token_ids` end a text; `seed` is for requests without their own.
+    """
+
+    def __init__(
+        self,
+        *,
+        limits: Limits,
+        scheduler: Scheduler,
+        runner: Runner,
+        text: Text,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        seed: int,
+    ) -> None:
+        self.limits = limits
+        self.text = text
+        self._scheduler = scheduler
+        self._runner = runner
+        self._sampler = Sampler(eos_token_ids)
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._seed = seed
+        self._num_added = 0
+        self._requests: dict[str, Request] = {}
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        stream: bool = False,
+    ) -> None:
+        """Queues a request; `prompt` is only handed back. With `stream` every step gives its output so far.
+
+        The output ends at max_model_len with finish_reason "length" where max_tokens would go beyond.
+        Errors: ConfigError for a prompt or parameters that this model can't serve; nothing is queued then.
+        """
+        if request_id in self._requests:
+            raise ConfigError(f"request_id={request_id!r} is already in use", hint="give another")
+        where = f"request {request_id!r}"
+        check_prompt(prompt_token_ids, limits=self.limits, vocab_size=self._vocab_size, where=where)
+        check_params(params, text=self.text, vocab_size=self._vocab_size, where=where)
+        request = Request(request_id, prompt, tuple(prompt_token_ids), params, stream)
+        room = self.limits.max_model_len - len(prompt_token_ids)
+        for index in range(params.n):
+            sequence = Sequence(
+                request=request,
+                index=index,
+                token_ids=list(prompt_token_ids),
+                max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+                stream=random_stream(params.seed, index, self._seed, self._num_added),
+                stop_strings=StopStrings(params.stop_strings) if params.stop_strings else None,
+                detokenizer=Detokenizer(self.text.decode) if stream or params.stop_strings else None,
+            )
+            request.sequences.append(sequence)
+            self._scheduler.add(sequence)
+        self._requests[request_id] = request
+        self._num_added += 1
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Compiles or loads the model before the first request."""
+        self._runner.warm_up(num_tokens)
+
+    def has_unfinished(self) -> bool:
+        """True while a step would do something."""
+        return bool(self._requests)
+
+    def step(self) -> list[RequestOutput]:
+        """Computes one batch; gives the outputs of requests that ended in it, and of those that stream.
+
+        Errors: what the model raises; the requests of the batch are dropped then, others go on.
+        """
+        batch = self._scheduler.schedule()
+        if batch is None:
+            return []
+        try:
+            logits, sampled = self._run(batch)
+        except Exception:
+            for item in batch.scheduled:
+                self.abort(item.sequence.request.request_id)
+            raise
+        return self._postprocess(batch, logits, sampled)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Ends a request and frees its blocks; gives what it had so far, None for one that isn't there."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        for sequence in request.sequences:
+            if not sequence.finished:
+                self._finish(sequence, Stop("abort"))
+        return self._output(request)
+
+    def reset(self) -> None:
+        """Drops all requests and the prefix cache, in whatever state an interrupted step left them."""
+        self._requests.clear()
+        self._scheduler.reset()
+
+    @property
+    def stats(self) -> EngineStats:
+        """How busy it is."""
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_free_blocks=scheduler.pool.num_free,
+            num_blocks=scheduler.pool.num_blocks,
+            num_preemptions=scheduler.num_preemptions,
+        )
+
+    def _run(self, batch: Batch) -> tuple[StepLogits, Sampled]:
+        step = self._runner.run(batch)
+        for rows in step.prompts:
+            self._rank_prompt(step, rows)
+        if not step.sequences:
+            return step, Sampled([], [], frozenset())
+        all_rows = len(step.rows) == step.logits.shape[0]
+        return step, self._sampler(step.logits if all_rows else step.logits[list(step.rows)], step.sequences)
+
+    def _postprocess(self, batch: Batch, step: StepLogits, sampled: Sampled) -> list[RequestOutput]:
+        self._scheduler.computed(batch)
+        now = time.monotonic()
+        touched: dict[str, Request] = {}
+        for row, sequence in enumerate(step.sequences):
+            request = sequence.request
+            touched[request.request_id] = request
+            if row in sampled.broken:
+                request.error = (
+                    "the model's logits have no finite maximum (NaN or infinity), so no token can be chosen"
+                )
+                log.error(
+                    "request %s ended after %d tokens: %s",
+                    request.request_id,
+                    sequence.num_output_tokens,
+                    request.error,
+                )
+                self._finish(sequence, Stop("abort"))
+                continue
+            if request.first_token_s is None:
+                request.first_token_s = now
+            self._append(sequence, sampled.token_ids[row], sampled.ranked[row])
+        for request in touched.values():
+            if request.finished:
+                request.finished_s = now
+                del self._requests[request.request_id]
+        return [self._output(request) for request in touched.values() if request.finished or request.stream]
+
+    def _append(self, sequence: Sequence, token_id: int, ranked: list[RankedToken] | None) -> None:
+        """Adds a sampled token, and ends the sequence where the token, the text or a length does."""
+        sequence.token_ids.append(token_id)
+        if ranked is not None:
+            sequence.logprobs.append(self._logprobs(ranked))
+            sequence.cumulative_logprob += next(r.logprob for r in ranked if r.token_id == token_id)
+        params, num_output = sequence.params, sequence.num_output_tokens
+        stop = stop_by_token(token_id, num_output, params, self._eos_token_ids)
+        if stop is None:
+            stop = self._stop_by_string(sequence, token_id)
+        if stop is None and num_output >= sequence.max_tokens:
+            stop = Stop("length")
+        if stop is not None:
+            self._finish(sequence, stop)
+
+    def _stop_by_string(self, sequence: Sequence, token_id: int) -> Stop | None:
+        if sequence.detokenizer is None:
+            return None
+        sequence.detokenizer.append(token_id)
+        text, stops = sequence.detokenizer.text, sequence.stop_strings
+        sequence.text = text
+        if stops is None:
+            return None
+        if sequence.num_output_tokens < sequence.params.min_tokens:
+            stops.ignore_until(len(text))
+            return None
+        found = stops.find(text)
+        if found is None:
+            sequence.text = text[: len(text) - stops.num_held_back(text)]
+            return None
+        sequence.text = text[: found[0]]
+        return Stop("stop", found[1])
+
+    def _finish(self, sequence: Sequence, stop: Stop) -> None:
+        sequence.stop = stop
+        self._scheduler.remove(sequence)
+        if isinstance(stop.reason, str):
+            return  # the text was cut before the stop string
+        token_ids = sequence.output_token_ids
+        if stop.finish_reason == "stop":
+            token_ids.pop()  # the token that ended the text is not part of it
+        if sequence.detokenizer is None:
+            sequence.text = self.text.decode(token_ids)
+        else:
+            sequence.detokenizer.finish(token_ids)
+            sequence.text = sequence.detokenizer.text
+
+    def _rank_prompt(self, step: StepLogits, rows: PromptRows) -> None:
+        request, num_rows = rows.sequence.request, len(rows.token_ids)
+        ranked = rank_tokens(
+            step.logits[rows.first_row : rows.first_row + num_rows],
+            torch.tensor(rows.token_ids),
+            [request.params.prompt_logprobs or 0] * num_rows,
+        )
+        request.prompt_logprobs.extend(self._logprobs(one) for one in ranked)
+
+    def _logprobs(self, ranked: list[RankedToken]) -> TokenLogprobs:
+        return {r.token_id: Logprob(r.logprob, r.rank, self.text.token(r.token_id)) for r in ranked}
+
+    def _output(self, request: Request) -> RequestOutput:
+        params = request.params
+        with_logprobs = params.logprobs is not None
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=list(request.prompt_token_ids),
+            outputs=[
+                CompletionOutput(
+                    index=sequence.index,
+                    text=sequence.text,
+                    token_ids=sequence.output_token_ids,
+                    finish_reason=sequence.stop.finish_reason if sequence.stop else None,
+                    stop_reason=sequence.stop.reason if sequence.stop else None,
+                    logprobs=list(sequence.logprobs) if with_logprobs else None,
+                    cumulative_logprob=sequence.cumulative_logprob if with_logprobs else None,
+                )
+                for sequence in request.sequences
+            ],
+            finished=request.finished,
+            prompt_logprobs=list(request.prompt_logprobs) if params.prompt_logprobs is not None else None,
+            metrics=RequestMetrics(
+                arrival_s=request.arrival_s,
+                first_token_s=request.first_token_s,
+                finished_s=request.finished_s,
+                num_cached_tokens=request.sequences[0].num_cached_tokens,
+            ),
+            error=request.error,
+        )

@@ -1,0 +1,148 @@
+"""The KV cache tensors, sized from the memory that is there.
+
+Takes: a model's KV layout and the engine's limits. Gives: how many blocks there are, with the reason in
+words, and the tensors: for each layer keys and values [num_blocks, block_size, KV heads, head size].
+"""
+
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from onegraph.errors import ConfigError
+
+KVCaches = list[tuple[Tensor, Tensor]]
+
+KV_MEMORY_FRACTION = 0.5
+"""Of the available memory; the rest is left to activations, logits and the compiler."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """What one layer stores for a token, in keys and again in values: heads, their size, and the dtype."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def num_bytes(self, num_tokens: int) -> int:
+        """Bytes of keys and values together."""
+        return 2 * num_tokens * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class KVCachePlan:
+    """How many blocks there are and why; `block_bytes` is one block over all layers."""
+
+    num_blocks: int
+    block_size: int
+    block_bytes: int
+    why: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that fit."""
+        return self.num_blocks * self.block_size
+
+    def __str__(self) -> str:
+        size_mib = self.num_blocks * self.block_bytes / 2**20
+        return (
+            f"{self.num_blocks} blocks of {self.block_size} tokens = {self.num_tokens} tokens, "
+            f"{size_mib:.0f} MiB ({self.why})"
+        )
+
+
+def plan_kv_cache(
+    layers: Sequence[LayerKV],
+    *,
+    block_size: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    num_kv_blocks: int | None,
+    available_bytes: Callable[[], int],
+) -> KVCachePlan:
+    """Sizes the cache: what was asked for, else what all sequences can use, within a fraction of the memory.
+
+    Errors: `ConfigError` when not even one block fits, or what was asked for is more than there is.
+    """
+    block_bytes = sum(layer.num_bytes(block_size) for layer in layers)
+    available = available_bytes()
+    if num_kv_blocks is not None:
+        if num_kv_blocks * block_bytes > available:
+            raise ConfigError(
+                f"num_kv_blocks={num_kv_blocks} needs {num_kv_blocks * block_bytes / 2**20:.0f} MiB, "
+                f"but {available / 2**20:.0f} MiB of memory are available",
+                where="the KV cache",
+                hint=f"give at most num_kv_blocks={available // block_bytes}, or leave it out",
+            )
+        return KVCachePlan(num_kv_blocks, block_size, block_bytes, "as asked by num_kv_blocks")
+    wanted = max_num_seqs * -(-max_model_len // block_size)
+    fitting = int(available * KV_MEMORY_FRACTION) // block_bytes
+    if fitting < 1:
+        raise ConfigError(
+            f"no KV block fits: one of {block_size} tokens needs {block_bytes / 2**20:.1f} MiB, and "
+            f"{KV_MEMORY_FRACTION:.0%} of the {available / 2**20:.1f} MiB that are available is less",
+            where="the KV cache",
+            hint="free memory, use a smaller block_size or model, or set num_kv_blocks",
+        )
+    if wanted <= fitting:
+        return KVCachePlan(
+            wanted,
+            block_size,
+            block_bytes,
+            f"all that {max_num_seqs} sequences of {max_model_len} tokens can use",
+        )
+    why = f"{KV_MEMORY_FRACTION:.0%} of {available / 2**30:.1f} GiB available memory"
+    return KVCachePlan(fitting, block_size, block_bytes, why)
+
+
+def allocate_kv_caches(layers: Sequence[LayerKV], plan: KVCachePlan) -> KVCaches:
+    """The tensors, zero, as inference tensors: they are written in inference mode only.
+
+    Each lies in an anonymous mapping of its own: pages cost memory when they are first written, not at
+    start-up, and no two tensors share a storage.
+    """
+    with torch.inference_mode():
+        return [(_zeros_on_demand(layer, plan), _zeros_on_demand(layer, plan)) for layer in layers]
+
+
+def _zeros_on_demand(layer: LayerKV, plan: KVCachePlan) -> Tensor:
+    shape = (plan.num_blocks, plan.block_size, layer.num_kv_heads, layer.head_dim)
+    pages = mmap.mmap(-1, prod(shape) * layer.dtype.itemsize)
+    return torch.frombuffer(pages, dtype=layer.dtype).view(shape)
+
+
+def available_host_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process can still take: the kernel's estimate, within the limit of its control group.
+
+    Source: proc(5) MemAvailable; cgroup v2 memory.max, memory.current and memory.stat (file cache that the
+    kernel can take back counts as available).
+    """
+    available = _field(root / "proc/meminfo", "MemAvailable:")
+    if available is None:
+        raise ConfigError(
+            f"the available memory is not known: {root}proc/meminfo has no MemAvailable",
+            where="sizing the KV cache",
+            hint="set num_kv_blocks",
+        )
+    available *= 1024
+    group = root / "sys/fs/cgroup"
+    try:
+        limit, usage = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return available
+    reclaimable = _field(group / "memory.stat", "inactive_file") or 0
+    return max(0, min(available, limit - usage + reclaimable))
+
+
+def _field(path: Path, name: str) -> int | None:
+    """The number that follows `name` in a file of lines."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(words[1]) for line in lines if (words := line.split()) and words[0] == name), None)

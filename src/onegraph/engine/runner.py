@@ -1,0 +1,166 @@
+"""Runs a batch: writes the model's flat inputs into fixed host buffers and calls the compiled model.
+
+Takes: a `Batch` whose sequences have their blocks. Gives: logits for the rows that somebody needs.
+Keeps: the KV cache tensors and the input buffers, made once, in inference mode like every call.
+`T` tokens of the batch, `R` sequences, `B` blocks of the longest, `S` rows with logits, `V` vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onegraph.engine.block_tables import BlockTables
+from onegraph.engine.kv_cache import KVCaches
+from onegraph.engine.request import Sequence
+from onegraph.engine.scheduler import Batch
+
+
+class Model(Protocol):
+    """What the runner calls: `onegraph.compile`'s result."""
+
+    def __call__(self, **inputs: Any) -> Any:
+        """The flat model's forward."""
+
+    def warm_up(self, example_kwargs: dict[str, Any], /) -> Any:
+        """Compiles or loads."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Rows of the logits that predict prompt tokens: the first row, and the tokens, one a row."""
+
+    sequence: Sequence
+    first_row: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """logits [S, V] in the model's dtype; sequences[i]'s next token is sampled from rows[i]."""
+
+    logits: Tensor
+    sequences: tuple[Sequence, ...]
+    rows: tuple[int, ...]
+    prompts: tuple[PromptRows, ...]
+
+
+class Runner:
+    """One model, its KV caches, and input buffers for the largest batch."""
+
+    def __init__(
+        self, model: Model, kv_caches: KVCaches, tables: BlockTables, *, block_size: int, max_num_tokens: int
+    ) -> None:
+        self._model = model
+        self._kv_caches = kv_caches
+        self._tables = tables
+        self._block_size = block_size
+        max_num_seqs, max_blocks = tables.array.shape
+        self._input_ids = _Buffer(max_num_tokens, torch.int64)
+        self._positions = _Buffer(max_num_tokens, torch.int64)
+        self._slot_mapping = _Buffer(max_num_tokens, torch.int64)
+        self._query_start_loc = _Buffer(max_num_seqs + 1, torch.int32)
+        self._seq_lens = _Buffer(max_num_seqs, torch.int32)
+        self._block_tables = _Buffer(max_num_seqs * max_blocks, torch.int32)
+        self._logits_indices = _Buffer(max_num_tokens, torch.int64)
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Compiles (or loads) the model on `num_tokens` padding rows, which read and write no block."""
+        with torch.inference_mode():
+            inputs = self._inputs(
+                input_ids=np.zeros(num_tokens),
+                positions=np.arange(num_tokens),
+                slot_mapping=np.full(num_tokens, -1),
+                query_start_loc=np.array([0, num_tokens]),
+                seq_lens=np.array([num_tokens]),
+                block_tables=np.zeros((1, -(-num_tokens // self._block_size))),
+                logits_indices=np.array([num_tokens - 1]),
+            )
+            self._model.warm_up(inputs)
+
+    def run(self, batch: Batch) -> StepLogits:
+        """One forward over the batch."""
+        scheduled = batch.scheduled
+        computed = np.array([s.sequence.num_computed_tokens for s in scheduled])
+        num_new = np.array([s.num_new_tokens for s in scheduled])
+        tables = self._tables.array[[s.sequence.row for s in scheduled]]
+        ends = np.cumsum(num_new)
+        starts = ends - num_new
+        owner = np.repeat(np.arange(len(scheduled)), num_new)  # [T] the sequence of each row
+        positions = np.arange(ends[-1]) + (computed - starts)[owner]
+        blocks = tables[owner, positions // self._block_size]
+        seq_lens = computed + num_new
+        token_ids: list[int] = []
+        for s in scheduled:
+            first = s.sequence.num_computed_tokens
+            token_ids += s.sequence.token_ids[first : first + s.num_new_tokens]
+        result_rows, sequences, rows, prompts = _rows_with_logits(batch, starts.tolist(), ends.tolist())
+        with torch.inference_mode():
+            logits = self._model(
+                **self._inputs(
+                    input_ids=np.array(token_ids),
+                    positions=positions,
+                    slot_mapping=blocks.astype(np.int64) * self._block_size + positions % self._block_size,
+                    query_start_loc=np.concatenate(([0], ends)),
+                    seq_lens=seq_lens,
+                    block_tables=tables[:, : -(-int(seq_lens.max()) // self._block_size)],
+                    logits_indices=np.array(result_rows),
+                )
+            )
+        return StepLogits(logits, sequences, rows, prompts)
+
+    def _inputs(self, **arrays: "np.ndarray[Any, Any]") -> dict[str, Any]:
+        """The forward's keyword arguments: views of the buffers, filled with these arrays."""
+        inputs: dict[str, Any] = {name: getattr(self, f"_{name}").fill(a) for name, a in arrays.items()}
+        inputs["kv_caches"] = self._kv_caches
+        return inputs
+
+
+class _Buffer:
+    """A host tensor that is filled from its start, so that its address and alignment never change."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        with torch.inference_mode():
+            self._tensor = torch.zeros(size, dtype=dtype)
+        self._array = self._tensor.numpy()
+
+    def fill(self, values: "np.ndarray[Any, Any]") -> Tensor:
+        """A contiguous view of the buffer's start with the values and their shape."""
+        self._array[: values.size] = values.reshape(-1)
+        return self._tensor[: values.size].view(values.shape)
+
+
+def _rows_with_logits(
+    batch: Batch, starts: list[int], ends: list[int]
+) -> tuple[list[int], tuple[Sequence, ...], tuple[int, ...], tuple[PromptRows, ...]]:
+    """Which rows of the batch need logits, and who uses each; at least one row, since no model takes none."""
+    indices: list[int] = []
+    sequences: list[Sequence] = []
+    rows: list[int] = []
+    prompts: list[PromptRows] = []
+    for item, start, end in zip(batch.scheduled, starts, ends, strict=True):
+        sequence = item.sequence
+        missing = _missing_prompt_tokens(sequence, item.num_new_tokens)
+        if missing:
+            offset = start + len(sequence.request.prompt_logprobs) - 1 - sequence.num_computed_tokens
+            prompts.append(PromptRows(sequence, len(indices), missing))
+            indices.extend(range(offset, offset + len(missing)))
+        if item.samples:
+            sequences.append(sequence)
+            rows.append(len(indices))
+            indices.append(end - 1)
+    return indices or [0], tuple(sequences), tuple(rows), tuple(prompts)
+
+
+def _missing_prompt_tokens(sequence: Sequence, num_new_tokens: int) -> tuple[int, ...]:
+    """The prompt tokens whose log-probabilities were asked for, are not there, and this step can give.
+
+    The row at position p predicts the token at p + 1.
+    """
+    request = sequence.request
+    if not request.num_missing_prompt_logprobs or sequence.index != 0:
+        return ()
+    have = len(request.prompt_logprobs)
+    return request.prompt_token_ids[have : sequence.num_computed_tokens + num_new_tokens + 1]

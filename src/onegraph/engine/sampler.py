@@ -1,0 +1,198 @@
+"""Chooses the next token of every sequence in a batch, in batched tensors.
+
+Takes: logits [S, V] and the sequences that they belong to. Gives: a token for each, and log-probabilities
+where asked.
+Keeps: what depends only on who is in the batch, as long as the same sequences come again.
+A row's result depends on that row and its own random stream alone: operations are row by row, ties are kept
+or broken by token id, and a sequence draws one number for each of its sampled tokens. What nobody in the
+batch asks for is skipped. `S` rows, `V` vocabulary, `P` rows with penalties, `Q` rows that are drawn.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onegraph.engine.logprobs import RankedToken, rank_tokens
+from onegraph.engine.request import Sequence
+from onegraph.engine.token_filters import keep_likeliest
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the sampler chose, one entry a row.
+
+    token_ids: the tokens. ranked: log-probabilities of the likeliest tokens and of the chosen one, by the
+    model alone; None where not asked for. broken: rows without a finite largest logit; their tokens mean
+    nothing.
+    """
+
+    token_ids: list[int]
+    ranked: list[list[RankedToken] | None]
+    broken: frozenset[int]
+
+
+class Sampler:
+    """Samples for batches; logits may be of any float dtype, arithmetic is fp32."""
+
+    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+        self._eos_token_ids = eos_token_ids
+        self._members: list[Sequence] = []
+        self._asked = _Asked.by([], 0)
+
+    def __call__(self, logits: Tensor, sequences: Seq[Sequence]) -> Sampled:
+        """Samples one token a row; sequences[i] is the owner of row i."""
+        logits = logits.float()
+        members, vocab_size = list(sequences), logits.shape[1]
+        if self._members != members or self._asked.vocab_size != vocab_size:
+            self._members = members
+            self._asked = _Asked.by(members, vocab_size)
+        processed = self._process(logits)
+        best, token_ids = processed.max(dim=-1)  # NaN, if there is one
+        if self._asked.drawn:
+            token_ids[self._asked.drawn_rows] = self._draw(processed)
+        ranked: list[list[RankedToken] | None] = [None] * len(members)
+        if self._asked.logprob_rows:
+            rows = self._asked.logprob_rows
+            found = rank_tokens(logits[rows], token_ids[rows], self._asked.num_logprobs)
+            for row, one in zip(rows, found, strict=True):
+                ranked[row] = one
+        broken = (
+            frozenset()
+            if bool(best.isfinite().all())
+            else frozenset((~best.isfinite()).nonzero()[:, 0].tolist())
+        )
+        return Sampled(token_ids.tolist(), ranked, broken)
+
+    def _process(self, logits: Tensor) -> Tensor:
+        """min_tokens, logit_bias, and the penalties, in this order; never in place on the model's output."""
+        asked = self._asked
+        if asked.min_tokens or asked.bias is not None or asked.penalties is not None:
+            logits = logits.clone()
+        masked = [
+            (row, token)
+            for row in asked.min_tokens
+            if self._members[row].num_output_tokens < self._members[row].params.min_tokens
+            for token in self._stop_ids(self._members[row])
+            if token < logits.shape[1]
+        ]
+        if masked:
+            rows, tokens = torch.tensor(masked).T
+            logits[rows, tokens] = -torch.inf
+        if asked.bias is not None:
+            rows, tokens, values = asked.bias
+            logits[rows, tokens] += values
+        if asked.penalties is not None:
+            rows = asked.penalties.rows
+            logits[rows] = asked.penalties.apply(logits[rows])
+        return logits
+
+    def _stop_ids(self, sequence: Sequence) -> list[int]:
+        eos = [] if sequence.params.ignore_eos else self._eos_token_ids
+        return [*eos, *sequence.params.stop_ids]
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        """Draws from the rows that are not greedy, int64 [Q]: the inverse of the cumulative distribution at
+        one uniform number a row. Cumulated in fp64, so that it does not matter how many tokens there are."""
+        asked = self._asked
+        rows = logits if len(asked.drawn) == len(logits) else logits[asked.drawn_rows]
+        scaled = (rows - rows.amax(-1, keepdim=True)) / asked.temperature
+        scaled = keep_likeliest(scaled, min_p=asked.min_p, top_k=asked.top_k, top_p=asked.top_p)
+        cumulated = torch.softmax(scaled, dim=-1).cumsum(-1, dtype=torch.float64)
+        total = cumulated[:, -1:]
+        uniform = torch.tensor(
+            [self._members[row].stream.random() for row in asked.drawn], dtype=torch.float64
+        )
+        at = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+        # The first token whose cumulated probability is above: never one with probability 0.
+        return torch.searchsorted(cumulated, at, right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the members of a batch ask for; None or empty where nobody does."""
+
+    vocab_size: int
+    drawn: list[int]  # rows that are not greedy
+    drawn_rows: Tensor
+    temperature: Tensor  # [Q, 1]
+    min_p: Tensor | None  # [Q, 1]
+    top_k: Tensor | None  # [Q, 1]; V where off
+    top_p: Tensor | None  # [Q, 1]
+    min_tokens: list[int]  # rows
+    bias: tuple[Tensor, Tensor, Tensor] | None  # rows, token ids, values, all [number of biases]
+    penalties: "_Penalties | None"
+    logprob_rows: list[int]
+    num_logprobs: list[int]
+
+    @staticmethod
+    def by(members: list[Sequence], vocab_size: int) -> "_Asked":
+        params = [m.params for m in members]
+        drawn = [row for row, p in enumerate(params) if not p.greedy]
+        drawn_params = [params[row] for row in drawn]
+        bias = [(row, token, b) for row, p in enumerate(params) for token, b in p.bias.items()]
+        penalised = [row for row, p in enumerate(params) if p.penalised]
+        logprob_rows = [row for row, p in enumerate(params) if p.logprobs is not None]
+        top_k = [p.top_k if p.top_k > 0 else vocab_size for p in drawn_params]
+        return _Asked(
+            vocab_size=vocab_size,
+            drawn=drawn,
+            drawn_rows=torch.tensor(drawn, dtype=torch.int64),
+            temperature=_column([p.temperature for p in drawn_params]),
+            min_p=_column([p.min_p for p in drawn_params]) if any(p.min_p for p in drawn_params) else None,
+            top_k=torch.tensor(top_k)[:, None] if any(k < vocab_size for k in top_k) else None,
+            top_p=_column([p.top_p for p in drawn_params])
+            if any(p.top_p < 1 for p in drawn_params)
+            else None,
+            min_tokens=[row for row, p in enumerate(params) if p.min_tokens],
+            bias=(
+                torch.tensor([row for row, _, _ in bias]),
+                torch.tensor([token for _, token, _ in bias]),
+                torch.tensor([value for _, _, value in bias]),
+            )
+            if bias
+            else None,
+            penalties=_Penalties([members[row] for row in penalised], penalised, vocab_size)
+            if penalised
+            else None,
+            logprob_rows=logprob_rows,
+            num_logprobs=[params[row].logprobs or 0 for row in logprob_rows],
+        )
+
+
+class _Penalties:
+    """Token counts of the penalised rows, brought up to date by the tokens that came since the last step."""
+
+    def __init__(self, members: list[Sequence], rows: list[int], vocab_size: int) -> None:
+        self.rows = torch.tensor(rows)
+        self._members = members
+        self._counts = torch.zeros(len(rows), vocab_size)  # of the output
+        self._seen = torch.zeros(len(rows), vocab_size, dtype=torch.bool)  # in prompt or output
+        self._num_counted = [m.num_prompt_tokens for m in members]
+        for row, member in enumerate(members):
+            self._seen[row, list(member.request.prompt_token_ids)] = True
+        self._presence = _column([m.params.presence_penalty for m in members])
+        self._frequency = _column([m.params.frequency_penalty for m in members])
+        self._repetition = _column([m.params.repetition_penalty for m in members])
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """The rows' logits, [P, V], after the penalties for all tokens that are there now."""
+        new = [
+            (row, token)
+            for row, member in enumerate(self._members)
+            for token in member.token_ids[self._num_counted[row] :]
+        ]
+        if new:
+            rows, tokens = torch.tensor(new).T
+            self._counts.index_put_((rows, tokens), torch.ones(len(new)), accumulate=True)
+            self._seen[rows, tokens] = True
+            self._num_counted = [len(m.token_ids) for m in self._members]
+        repeated = torch.where(logits > 0, logits / self._repetition, logits * self._repetition)
+        logits = torch.where(self._seen, repeated, logits)
+        return logits - self._frequency * self._counts - self._presence * (self._counts > 0)
+
+
+def _column(values: Seq[float]) -> Tensor:
+    """fp32 [n, 1]."""
+    return torch.tensor(values, dtype=torch.float32)[:, None]

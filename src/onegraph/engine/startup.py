@@ -1,0 +1,105 @@
+"""From a configuration to an engine that is ready: load the weights, size the cache, compile, assemble.
+
+Takes: an `EngineConfig`. Gives: a `Started` with the engine, the loaded and the compiled model, and what each
+stage took. This is the one place where an engine's model is compiled.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from onegraph import api
+from onegraph.compiled import CompiledModel
+from onegraph.config.engine import EngineConfig
+from onegraph.engine.assemble import assemble_engine
+from onegraph.engine.engine import Engine
+from onegraph.engine.kv_cache import LayerKV
+from onegraph.engine.limits import Limits, resolve_limits
+from onegraph.engine.text import Text
+from onegraph.models import BUILTIN_MODEL, LoadedModel, load_model
+
+WARM_UP_TOKENS = 16
+"""Rows of the example that the model is captured on; any number would do, since sizes never reach the
+compiler.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A ready engine and what it was made of; `load_s` and `compile_s` are the seconds of the two stages."""
+
+    engine: Engine
+    model: LoadedModel
+    compiled: CompiledModel
+    limits: Limits
+    config: EngineConfig
+    load_s: float
+    compile_s: float
+
+
+def start_engine(config: EngineConfig) -> Started:
+    """Loads, compiles (or loads what was compiled before) and assembles; progress bars where stderr is a
+    terminal.
+
+    Errors: ConfigError, ModelError, and what compiling raises.
+    """
+    began = time.perf_counter()
+    with _bar("weights") as progress:
+        model = load_model(
+            config.model or BUILTIN_MODEL,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            progress=progress,
+        )
+    layers = [LayerKV(model.kv.num_kv_heads, model.kv.head_dim, model.kv.dtype)] * model.kv.num_layers
+    limits = resolve_limits(config, model_len=model.max_model_len, layers=layers)
+    loaded = time.perf_counter()
+    with _bar("compile") as progress:
+        compiled = api.compile(
+            model.module,
+            dynamic_shapes=model.module.dynamic_shapes(
+                limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_blocks_per_seq
+            ),
+            config=config.compilation_config,
+            enforce_eager=config.enforce_eager,
+            name=model.name,
+            observer=lambda stage, seconds: None if seconds is None else progress(stage),
+        )
+        engine = assemble_engine(
+            compiled,
+            layers=layers,
+            limits=limits,
+            text=Text(model.tokenizer),
+            vocab_size=vocab_size(model.config),
+            eos_token_ids=eos_token_ids(model),
+            enable_prefix_caching=config.enable_prefix_caching,
+            seed=config.seed,
+        )
+        engine.warm_up(min(WARM_UP_TOKENS, limits.max_num_batched_tokens))
+    return Started(engine, model, compiled, limits, config, loaded - began, time.perf_counter() - loaded)
+
+
+def vocab_size(config: Any) -> int:
+    """Rows of the model's embedding, which may be more than its tokenizer's tokens."""
+    return int(config.get_text_config().vocab_size)
+
+
+def eos_token_ids(model: LoadedModel) -> frozenset[int]:
+    """The tokens that end a text, from the first place that names them, as transformers' `generate` does: the
+    generation config, the model's config, the tokenizer."""
+    for source in (model.generation_config, model.config.get_text_config(), model.tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list | tuple) else [ids])
+    return frozenset()
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Any]:
+    """A progress bar for a start-up stage, silent where stderr is no terminal."""
+    with tqdm(desc=title, disable=None, leave=False) as bar:
+        yield lambda *_: bar.update()
