@@ -5,6 +5,7 @@ Takes: the model and the engine's settings at construction; prompts and `Samplin
 other.
 """
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from itertools import count
@@ -83,8 +84,9 @@ class LLM:
         self.engine = self._started.engine
         self._generating = threading.Lock()
         self._numbers = count()
-        for line in self.summary().splitlines():
-            log.info(line)
+        if log.isEnabledFor(logging.INFO):
+            for line in self.summary().splitlines():
+                log.info(line)
 
     def generate(
         self,
