@@ -20,9 +20,10 @@ from onegraph.engine.outputs import CompletionOutput, Logprob, RequestMetrics, R
 from onegraph.engine.sampling_params import SamplingParams
 from onegraph.engine.startup import start_engine
 from onegraph.engine.summary import summarise
+from onegraph.env import environment
 from onegraph.errors import ConfigError
 from onegraph.explanation import Explanation
-from onegraph.log import get_logger
+from onegraph.log import get_logger, set_level
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput", "SamplingParams"]
 
@@ -65,6 +66,8 @@ class LLM:
         seed: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
+        if (level := environment().log_level) != "WARNING":
+            set_level(level)
         config = EngineConfig(
             model=model,
             dtype=dtype,

@@ -54,8 +54,10 @@ def test_the_same_content_twice_keeps_one_findable_and_one_chain():
     first, second = fill(pool, [1, 2, 3, 4]), fill(pool, [1, 2, 3, 4])
     assert pool.match([1, 2, 3, 4], 4).blocks == tuple(first)
     assert set(first).isdisjoint(second)
-    pool.release(first)
-    pool.release(second)
+    longer = fill(pool, [1, 2, 3, 4, 5, 6])
+    assert pool.match([1, 2, 3, 4, 5, 6], 6).blocks == (*first, longer[2])
+    for blocks in (first, second, longer):
+        pool.release(blocks)
     assert pool.num_free == 8
 
 
@@ -66,6 +68,14 @@ def test_blocks_without_content_go_first_then_the_least_recently_used_tail_first
     pool.release(new)
     assert pool.allocate(1) == [4]  # never used
     assert pool.allocate(4) == [old[1], old[0], new[1], new[0]]
+
+
+def test_a_released_block_without_content_goes_before_cached_ones():
+    pool = BlockPool(2, 1)
+    cached, plain = fill(pool, [1]), pool.allocate(1)
+    pool.release(cached)
+    pool.release(plain)
+    assert pool.allocate(1) == plain
 
 
 def test_a_retained_block_is_not_given_out():

@@ -11,6 +11,7 @@ import torch
 from onegraph.engine.request import Request, Sequence, random_stream
 from onegraph.engine.sampler import Sampler
 from onegraph.engine.sampling_params import SamplingParams
+from onegraph.engine.token_filters import keep_likeliest
 
 V = 50
 EOS = frozenset({3})
@@ -77,6 +78,8 @@ PARAMS = [
     SamplingParams(logit_bias={7: -100, 9: 3}),
     SamplingParams(min_tokens=9, stop_token_ids=[1, 2], logit_bias={3: 50, 1: 50}),
     SamplingParams(min_tokens=2, stop_token_ids=[1, 2], logit_bias={1: 50}),
+    SamplingParams(min_tokens=5, stop_token_ids=[1, 2], logit_bias={1: 50}),
+    SamplingParams(min_tokens=6, stop_token_ids=[1, 2], logit_bias={1: 50}),
     SamplingParams(min_tokens=9, ignore_eos=True, logit_bias={3: 50}),
 ]
 
@@ -195,6 +198,24 @@ def test_ties_are_kept_whatever_the_batch_mates_ask():
                 one.stream = Fixed(uniform)
                 seen.add(Sampler(EOS)(logits, [one, sequence(mate, [1], [])]).token_ids[0])
             assert seen == {4, 8, 15, 16}
+
+
+@pytest.mark.parametrize("flatness", [0.01, 3.0])
+def test_top_p_over_a_large_vocabulary(flatness: float):
+    """Flat rows keep more tokens than are sorted at first, peaked rows fewer; beside each other, and top_k rows."""
+    logits = torch.randn(4, 6000, generator=torch.Generator().manual_seed(0)).double() * torch.tensor(
+        [[flatness], [0.01], [3.0], [0.5]]
+    )
+    top_p = torch.tensor([[0.5], [0.99], [0.8], [0.7]])
+    top_k = torch.tensor([[6000], [6000], [6000], [700]])
+    for k in (top_k, None):
+        kept = keep_likeliest(logits.float(), min_p=None, top_k=k, top_p=top_p).isfinite()
+        for row in range(4):
+            num_k = 6000 if k is None else int(k[row])
+            values = logits[row].sort(descending=True).values[:num_k]
+            probs = values.softmax(-1)
+            expected = int((probs.cumsum(-1) - probs < float(top_p[row])).sum())
+            assert abs(int(kept[row].sum()) - expected) <= 1
 
 
 def test_bf16_logits_and_extreme_temperatures():
