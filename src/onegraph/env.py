@@ -1,0 +1,84 @@
+"""The process environment, read in one place. Nothing here ever changes it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onegraph.errors import ConfigError, nearest
+
+VARIABLES = {
+    "ONEGRAPH_CACHE_ROOT": "the folder of the compile cache (default: $XDG_CACHE_HOME/onegraph or ~/.cache/onegraph)",
+    "ONEGRAPH_DISABLE_COMPILE_CACHE": "1: the compile cache is neither read nor written",
+    "ONEGRAPH_COMPILATION_CONFIG": "JSON with fields of CompilationConfig, merged over everything else",
+    "ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT": "binary: how artifacts are kept",
+    "ONEGRAPH_LOG_LEVEL": "DEBUG, INFO, WARNING (default) or ERROR",
+    "ONEGRAPH_ALLOW_UNTESTED_TORCH": "1: a torch outside the tested range is used all the same",
+}
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The variables' values, parsed; the defaults where they aren't set."""
+
+    cache_root: Path
+    cache_root_is_explicit: bool
+    disable_compile_cache: bool
+    compilation_config: dict[str, Any] | None
+    compile_cache_save_format: str | None
+    log_level: str
+    allow_untested_torch: bool
+
+
+def environment() -> Environment:
+    """Reads the variables as they are now. Raises ConfigError for an unknown one, or a value that makes no sense."""
+    given = {name: value for name, value in os.environ.items() if name.startswith("ONEGRAPH_")}
+    for name in given:
+        if name not in VARIABLES:
+            raise ConfigError(
+                f"there is no environment variable {name}", where="environment", hint=nearest(name, VARIABLES)
+            )
+    explicit = given.get("ONEGRAPH_CACHE_ROOT")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Environment(
+        cache_root=Path(explicit) if explicit else Path(base) / "onegraph",
+        cache_root_is_explicit=bool(explicit),
+        disable_compile_cache=_flag(given, "ONEGRAPH_DISABLE_COMPILE_CACHE"),
+        compilation_config=_json(given, "ONEGRAPH_COMPILATION_CONFIG"),
+        compile_cache_save_format=given.get("ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT") or None,
+        log_level=_choice(given, "ONEGRAPH_LOG_LEVEL", LOG_LEVELS, "WARNING"),
+        allow_untested_torch=_flag(given, "ONEGRAPH_ALLOW_UNTESTED_TORCH"),
+    )
+
+
+def _flag(given: dict[str, str], name: str) -> bool:
+    value = given.get(name, "")
+    if value not in ("", "0", "1"):
+        raise ConfigError(f"{name}={value!r}", where="environment", hint="set it to 1 or 0")
+    return value == "1"
+
+
+def _choice(given: dict[str, str], name: str, choices: tuple[str, ...], default: str) -> str:
+    value = given.get(name, "").upper() or default
+    if value not in choices:
+        raise ConfigError(f"{name}={given[name]!r}", where="environment", hint=nearest(value, choices))
+    return value
+
+
+def _json(given: dict[str, str], name: str) -> dict[str, Any] | None:
+    text = given.get(name, "")
+    if not text:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{name} isn't JSON: {error}", where="environment", hint='such as {"backend": "eager"}'
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} is a {type(value).__name__}, not an object", where="environment")
+    return value
