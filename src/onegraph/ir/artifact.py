@@ -1,0 +1,58 @@
+"""An Artifact is what a compiler made of a piece for a region: files as bytes, and facts as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from onegraph.ir.key import Key
+from onegraph.ir.ledger import ShapeEntry
+
+PieceCallable = Callable[..., Any]
+"""Takes the piece's placeholders, flat; returns its outputs as a tuple or list."""
+
+
+@dataclass(frozen=True)
+class OutputAlias:
+    """An output that shares memory with an input: the input itself, or a view of it.
+
+    The compiled code returns a tensor of the view's size, strides and offset, which is laid over the input.
+    """
+
+    output: int
+    input: int
+    is_view: bool
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What is stored under a key, whole: nothing that it needs lies outside `files`.
+
+    `files` maps names (`wrapper.py`, `kernels.so`) to contents; `constraints` are the conditions on sizes
+    that compiling added; `guards` is torch's own expression for them, for callers that keep their guards;
+    `seconds` is what compiling took.
+    """
+
+    key: Key
+    files: Mapping[str, bytes]
+    aliases: tuple[OutputAlias, ...] = ()
+    constraints: tuple[ShapeEntry, ...] = ()
+    guards: str | None = None
+    seconds: float = 0.0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompiledPiece:
+    """A piece that can run, and how it came about: the record that `explain` shows."""
+
+    call: PieceCallable
+    backend: str
+    store: str
+    """`hit`, `miss` or `off`."""
+    why: str
+    seconds: float
+    key: str | None = None
+    constraints: tuple[ShapeEntry, ...] = ()
+    guards: str | None = None

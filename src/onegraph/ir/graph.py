@@ -1,0 +1,51 @@
+"""CapturedGraph: one full graph of a module, with its weights as inputs, and all that it assumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from onegraph.ir.dims import DynamicDim
+from onegraph.ir.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class WeightInput:
+    """A tensor that the module owns, or that a closure holds, and that the graph reads as an input.
+
+    `name` is the qualified name in the module (`layers.0.weight`) or Dynamo's name for a free tensor;
+    `holder[key]` is the tensor that stands at that place now.
+    """
+
+    name: str
+    holder: Any
+    key: Any
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """The result of capture.
+
+    `graph_module` takes the weights first and then the inputs that Dynamo found (sizes as ints, tensors), all
+    as placeholders, and returns a flat tuple. `fake_inputs` are their symbolic values, one for each
+    placeholder, in `fake_mode`. `make_callable(run)` gives a function with the signature of the traced
+    function (with its `self`) that calls `run(*inputs)` and then redoes the function's Python effects and
+    rebuilds its result; it has no Dynamo in it. `bind_entry(call)` puts the checks of the input contract in
+    front of such a function.
+    """
+
+    graph_module: torch.fx.GraphModule
+    weights: tuple[WeightInput, ...]
+    input_names: tuple[str, ...]
+    fake_inputs: tuple[Any, ...]
+    fake_mode: Any
+    dims: tuple[DynamicDim, ...]
+    symbols: dict[str, str]
+    """Symbol of torch (`u0`) -> name of the declared dim."""
+    ledger: Ledger
+    make_callable: Callable[[Callable[..., Any]], Callable[..., Any]]
+    bind_entry: Callable[[Callable[..., Any]], Callable[..., Any]]
+    num_ops: int

@@ -1,0 +1,77 @@
+"""The ledger: everything that a captured graph assumes about its inputs, shapes and Python state, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+CheckedWhen = Literal["call", "event", "load", "never"]
+Effect = Literal["proven", "narrows", "split"]
+
+
+@dataclass(frozen=True)
+class InputEntry:
+    """A fact about one argument, checked on every call: `path` in the caller's terms, such as `caches[0]`."""
+
+    path: str
+    fact: str
+    value: str
+
+
+@dataclass(frozen=True)
+class ShapeEntry:
+    """A condition on the dynamic dims that some stage came to rely on.
+
+    `expr` is in the names of the declared dims; `user` and `framework` are `file:line` places; `effect` says
+    whether it holds over the whole declared range (`proven`) or cuts it (`narrows`).
+    """
+
+    expr: str
+    stage: str
+    effect: Effect
+    user: str | None = None
+    framework: str | None = None
+    source_line: str | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "expr": self.expr,
+            "user": self.user,
+            "framework": self.framework,
+            "stage": self.stage,
+            "effect": self.effect,
+        }
+
+
+@dataclass(frozen=True)
+class StateEntry:
+    """A value of Python or torch state that was read while tracing, under Dynamo's name for its guard.
+
+    `checked` says when it is compared again. `never` marks what this version records without evaluating, so
+    that a trace with such entries is never reused by a later process without being captured anew.
+    """
+
+    what: str
+    value: str
+    checked: CheckedWhen = "never"
+    user: str | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        return {"what": self.what, "value": self.value, "checked": self.checked, "user": self.user}
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All that one trace assumes; `sources` are the files whose functions were inlined."""
+
+    inputs: tuple[InputEntry, ...] = ()
+    shapes: tuple[ShapeEntry, ...] = ()
+    state: tuple[StateEntry, ...] = ()
+    sources: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "inputs": [{"path": e.path, "fact": e.fact, "value": e.value} for e in self.inputs],
+            "shape": [entry.to_dict() for entry in self.shapes],
+            "state": [entry.to_dict() for entry in self.state],
+        }

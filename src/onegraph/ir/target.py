@@ -1,0 +1,46 @@
+"""The protocol of a target: what a device declares about itself, and how its kernels are built and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """A kernel as a compiler wrote it: the name it is called by, its C argument types, and its source."""
+
+    name: str
+    argtypes: tuple[str, ...]
+    source: str
+
+
+class Target(Protocol):
+    """A kind of device."""
+
+    name: str
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What of the machine is baked into kernels: ISA, threads. JSON-able, part of every key."""
+        ...
+
+    def required_alignment(self, itemsize: int) -> int:
+        """The alignment in bytes of an input's data that generated kernels rely on."""
+        ...
+
+    def compiler_options(self) -> dict[str, Any]:
+        """Inductor options that this target always sets; part of every key."""
+        ...
+
+    def build_kernels(self, kernels: Sequence[KernelSource]) -> dict[str, bytes]:
+        """Compiles the kernels; gives the files that an artifact keeps, `{name: contents}`.
+
+        Raises CompileError with the toolchain's own words.
+        """
+        ...
+
+    def load_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Any]:
+        """Loads what `build_kernels` made; gives a callable for each kernel name."""
+        ...
