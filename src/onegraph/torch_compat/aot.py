@@ -1,0 +1,49 @@
+"""AOTAutograd alone: functionalised and decomposed, then run op by op. The `aot_eager` backend."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._inductor.fx_passes.post_grad import decompose_auto_functionalized
+from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
+from torch._inductor.fx_utils import FakeTensorUpdater
+from torch._inductor.virtualized import V
+
+
+def compile_graph(
+    graph_module: torch.fx.GraphModule, fake_inputs: list[Any], fake_mode: Any
+) -> Callable[..., Any]:
+    """Runs AOTAutograd under no_grad and returns its callable, which takes the inputs flat.
+
+    Mutating ops are put back in place by the passes that Inductor uses, so that a KV cache isn't cloned.
+    """
+
+    def run_in_place(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        with V.set_fake_mode(fake_mode):
+            reinplace_inplaceable_ops(_fake_tensor_updater(gm), gm.graph)
+            decompose_auto_functionalized(gm.graph)
+        gm.recompile()
+
+        def boxed(args: list[Any]) -> Any:
+            taken = list(args)
+            args.clear()
+            return gm(*taken)
+
+        boxed._boxed_call = True  # type: ignore[attr-defined]
+        return boxed
+
+    with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+        function: Callable[..., Any] = aot_module_simplified(
+            graph_module, fake_inputs, fw_compiler=run_in_place, inference_compiler=run_in_place
+        )
+    return function
+
+
+def _fake_tensor_updater(gm: torch.fx.GraphModule) -> FakeTensorUpdater:
+    """It takes the graph module in torch 2.13, and the graph before."""
+    takes_module = "gm" in inspect.signature(FakeTensorUpdater.__init__).parameters
+    return FakeTensorUpdater(gm if takes_module else gm.graph)  # type: ignore[arg-type]

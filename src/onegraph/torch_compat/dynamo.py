@@ -1,0 +1,183 @@
+"""Dynamo as a capture tool: one call of a function in, one full graph and its residual code out.
+
+Takes example arguments whose dynamic dims are marked here as unbacked, so that neither the example's sizes nor
+the values 0 and 1 are specialised on. Keeps nothing: guards come back as data, and are not installed anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import threading
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._dynamo as dynamo
+import torch._dynamo.convert_frame as convert_frame
+from torch._dynamo import decorators
+from torch._dynamo.exc import TorchDynamoException, Unsupported
+from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._guards import CompileContext, compile_context
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
+
+COMPILE_LOCK = threading.RLock()
+"""Held while torch compiles anything for us: Dynamo, Inductor and torch's config are not thread-safe together."""
+
+
+@dataclass(frozen=True)
+class GuardFact:
+    """A guard that Dynamo would have installed: what it reads, which kind of check, and where it came from."""
+
+    name: str
+    kind: str
+    user: str | None
+
+
+@dataclass(frozen=True)
+class RawCapture:
+    """What Dynamo found. `sources` gives, for each placeholder, where residual code takes its value from."""
+
+    graph_module: torch.fx.GraphModule
+    sources: tuple[str, ...]
+    fake_mode: Any
+    guards: tuple[GuardFact, ...]
+    traced_files: tuple[str, ...]
+    make_callable: Callable[[Callable[..., Any]], Callable[..., Any]]
+    stored_globals: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CaptureFailure:
+    """Why Dynamo gave up, in parts that an error message can be made of.
+
+    `condition` is the expression on sizes that could not be decided, as a sympy expression, if that was it.
+    """
+
+    reason: str
+    hints: tuple[str, ...]
+    user_frames: tuple[traceback.FrameSummary, ...]
+    condition: Any | None = None
+    is_graph_break: bool = False
+    symbols: dict[str, str] = field(default_factory=dict)
+
+
+def mark_dynamic_dim(
+    tensor: torch.Tensor, dim: int, *, name: str, minimum: int, maximum: int, hint: int
+) -> None:
+    """Marks one dim of the tensor (the Python object is changed) as unknown within minimum..maximum."""
+    try:
+        decorators.mark_unbacked(tensor, dim, shape_id=name, min=minimum, max=maximum, hint_override=hint)
+    except TypeError:  # torch 2.11: no min and max; the range is then proven after capture instead
+        decorators.mark_unbacked(tensor, dim, shape_id=name, hint_override=hint)
+
+
+@contextlib.contextmanager
+def compile_scope(name: str) -> Iterator[None]:
+    """One compile in torch's own books: a compile id, metrics and timings, for TORCH_TRACE and TORCH_LOGS."""
+    with (
+        COMPILE_LOCK,
+        get_metrics_context(),
+        dynamo_timed(name),
+        compile_context(CompileContext(convert_frame.get_compile_id({}))),
+    ):
+        yield
+
+
+def capture(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawCapture:
+    """Traces one call of a module, method or function into one graph; must run inside `compile_scope`.
+
+    Method: `torch._dynamo.convert_frame.fullgraph_capture`, with parameters, buffers and free tensors installed
+    on the graph instead of passed by the residual code. Raises what Dynamo raises; see `explain_failure`.
+    """
+    patches = {
+        "install_free_tensors": True,
+        "automatic_dynamic_shapes": False,
+        "assume_static_by_default": True,
+        "record_pre_graph_bytecode_in_traces": False,
+        "suppress_errors": False,
+    }
+    known = {key: value for key, value in patches.items() if hasattr(dynamo.config, key)}
+    frame = convert_frame._get_frame(function, args, kwargs)
+    traced_function, _ = convert_frame.get_traced_fn(function)
+    with dynamo.config.patch(known):
+        output = convert_frame._fullgraph_capture_frame(frame)
+    graph_output, backend_input = output.graph_capture_output, output.backend_input
+    if backend_input is None:
+        raise Unsupported("there is no tensor operation in the traced function")
+    environment = graph_output.get_runtime_env()
+
+    def make_callable(run: Callable[..., Any]) -> Callable[..., Any]:
+        return environment.forward_callable(
+            backend_input.backend_id, run, extra_globals=traced_function.__globals__
+        )
+
+    index_to_source = graph_output.output_graph.export_metadata.graph_input_idx_to_local_source
+    placeholders = [n for n in backend_input.graph_module.graph.nodes if n.op == "placeholder"]
+    return RawCapture(
+        graph_module=backend_input.graph_module,
+        sources=tuple(
+            index_to_source[i].name if i in index_to_source else str(node.target)
+            for i, node in enumerate(placeholders)
+        ),
+        fake_mode=backend_input.fake_mode,
+        guards=tuple(_guard_facts(graph_output.output_graph.guards)),
+        traced_files=tuple(sorted({code.co_filename for code in graph_output.traced_code})),
+        make_callable=make_callable,
+        stored_globals=_stored_globals(graph_output.bytecode),
+    )
+
+
+def _guard_facts(guards: Any) -> Iterator[GuardFact]:
+    for guard in guards:
+        user = None
+        if guard.user_stack:
+            frame = guard.user_stack[-1]
+            user = f"{frame.filename}:{frame.lineno}"
+        yield GuardFact(guard.name, guard.create_fn_name(), user)
+
+
+def _stored_globals(code: types.CodeType) -> tuple[str, ...]:
+    return tuple(
+        str(i.argval) for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
+    )
+
+
+CAPTURE_EXCEPTIONS = (TorchDynamoException, ConstraintViolationError, GuardOnDataDependentSymNode)
+
+
+def explain_failure(error: BaseException) -> CaptureFailure:
+    """Takes apart what Dynamo raised: torch's reason, its hints, and the frames of the user's code."""
+    condition = None
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, GuardOnDataDependentSymNode):
+            condition = cause.cond
+        cause = cause.__cause__ or cause.__context__
+    stack = getattr(error, "real_stack", None) or ()
+    lines = str(error).split("\n\nfrom user code:")[0].strip().splitlines()
+    hints = tuple(line.strip()[len("Hint:") :].strip() for line in lines if line.strip().startswith("Hint:"))
+    reason = [
+        line for line in lines if line.strip() and not line.strip().startswith(("Hint:", "Developer debug"))
+    ]
+    return CaptureFailure(
+        reason="\n".join(line.rstrip() for line in reason[:6]),
+        hints=hints,
+        user_frames=tuple(stack),
+        condition=condition,
+        is_graph_break=isinstance(error, Unsupported),
+    )
+
+
+def traced_function(callable_: Any) -> tuple[types.FunctionType, Any]:
+    """The Python function that `capture` would trace for a module, method or function, and its `self` or None."""
+    return convert_frame.get_traced_fn(callable_)
+
+
+def current_fake_mode() -> Any:
+    """The fake mode of the graph that Dynamo is handing to a backend right now."""
+    context = torch._guards.TracingContext.get()
+    return context.fake_mode

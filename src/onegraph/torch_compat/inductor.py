@@ -1,0 +1,213 @@
+"""Inductor as a source-to-source compiler: a graph in, the wrapper's Python and the kernels' C++ out.
+
+Neither runs a C++ compiler nor loads anything: building and loading belong to the target. Where Inductor's
+output can't be taken apart so, the callable that it made in this process is given instead, with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._functorch.config
+import torch._inductor.config
+from torch._functorch._aot_autograd.schemas import MutationType, OutputType
+from torch._inductor import async_compile, compile_fx
+
+from onegraph.errors import ConfigError, nearest
+from onegraph.ir.artifact import OutputAlias
+from onegraph.ir.target import KernelSource
+
+_HOOKS = (
+    "pre_grad_custom_pass",
+    "joint_custom_pre_pass",
+    "joint_custom_post_pass",
+    "post_grad_custom_pre_pass",
+    "post_grad_custom_post_pass",
+    "_pre_fusion_custom_pass",
+    "_post_fusion_custom_pass",
+)
+
+
+@dataclass(frozen=True)
+class InductorOutput:
+    """What Inductor made of a graph.
+
+    `source` is the wrapper as Inductor wrote it; `kernels` are what it would have built; `constants` are
+    tensors that the wrapper reads by name; `aliases` are the outputs that share memory with an input. With
+    `not_portable` set, only `callable` is usable, and the text says why.
+    """
+
+    source: str
+    kernels: tuple[KernelSource, ...]
+    constants: dict[str, torch.Tensor]
+    aliases: tuple[OutputAlias, ...]
+    callable: Callable[..., Any] | None
+    not_portable: str | None
+
+
+def compile_graph(
+    graph_module: torch.fx.GraphModule,
+    fake_inputs: list[Any],
+    fake_mode: Any,
+    options: dict[str, Any],
+) -> InductorOutput:
+    """Runs AOTAutograd and Inductor on a flat graph (placeholders in, tuple out) under no_grad.
+
+    Must run inside `dynamo.compile_scope`. The graph module is consumed. Raises what torch raises.
+    """
+    collected: list[KernelSource] = []
+    graphs: list[Any] = []
+
+    def inner_compile(gm: Any, example_inputs: Any, **kwargs: Any) -> Any:
+        output = compile_fx.compile_fx_inner(gm, example_inputs, **kwargs)
+        graphs.append(output)
+        return output
+
+    context = torch._guards.TracingContext(fake_mode)
+    with torch.no_grad(), torch._guards.tracing(context), _collect_kernels(collected):
+        function = compile_fx.compile_fx(
+            graph_module, fake_inputs, inner_compile=inner_compile, config_patches=options
+        )
+        metadata = context.fw_metadata
+    reason = _why_not_portable(graphs, metadata, fake_inputs, collected)
+    if reason is not None:
+        return InductorOutput("", (), {}, (), function, reason)
+    return InductorOutput(
+        source=graphs[0].source_code,
+        kernels=tuple(collected),
+        constants=dict(graphs[0].constants or {}),
+        aliases=tuple(_aliases(metadata)),
+        callable=None,
+        not_portable=None,
+    )
+
+
+class _Unbuilt:
+    """Stands in a wrapper's namespace for a kernel that is built later."""
+
+    def __call__(self, *args: Any) -> None:
+        raise AssertionError("a kernel was called before it was built")
+
+
+@contextlib.contextmanager
+def _collect_kernels(collected: list[KernelSource]) -> Iterator[None]:
+    original = async_compile.AsyncCompile.cpp_pybinding
+
+    def cpp_pybinding(self: Any, argtypes: list[str], source_code: str) -> Any:
+        # The name is known only to the wrapper's text; `onegraph.compilers.wrapper` matches them in order.
+        collected.append(KernelSource(f"kernel_{len(collected)}", tuple(argtypes), source_code))
+        return _Unbuilt()
+
+    async_compile.AsyncCompile.cpp_pybinding = cpp_pybinding  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        async_compile.AsyncCompile.cpp_pybinding = original  # type: ignore[method-assign]
+
+
+def _why_not_portable(
+    graphs: list[Any], metadata: Any, fake_inputs: list[Any], kernels: list[Any]
+) -> str | None:
+    if len(graphs) != 1 or not getattr(graphs[0], "source_code", ""):
+        return f"Inductor made {len(graphs)} graphs of one piece"
+    if metadata is None:
+        return "AOTAutograd left no description of the graph"
+    for index, info in enumerate(metadata.input_info):
+        if info.mutates_metadata or info.mutates_storage_metadata:
+            return f"input {index} has its shape, strides or storage changed in place"
+        if info.mutates_data and info.mutation_type != MutationType.MUTATED_IN_GRAPH:
+            return f"input {index} is changed by AOTAutograd's wrapper, outside the graph"
+    plain = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
+    aliasing = (OutputType.alias_of_input, OutputType.is_input)
+    for index, info in enumerate(metadata.output_info):
+        if info.output_type not in plain + aliasing:
+            return f"output {index} is {info.output_type.name} of another output"
+        if info.requires_grad:
+            return f"output {index} requires a gradient"
+    if metadata.tokens:
+        return "the graph has ordered side effects"
+    shared = _mutated_overlap(metadata, fake_inputs)
+    if shared is not None:
+        return shared
+    if getattr(graphs[0], "device_types", None) and set(graphs[0].device_types) - {"cpu"}:
+        return "kernels of this device are not taken apart yet"
+    if graphs[0].inputs_to_check:
+        return "Inductor copies misaligned inputs at run time"
+    if getattr(graphs[0], "torchbind_constants", None):
+        return "the graph holds TorchBind objects"
+    return None
+
+
+def _mutated_overlap(metadata: Any, fake_inputs: list[Any]) -> str | None:
+    """AOTAutograd rewrites calls whose mutated inputs share storage with others; that wrapper isn't portable."""
+    by_storage: dict[Any, list[int]] = {}
+    for index, value in enumerate(fake_inputs):
+        if isinstance(value, torch.Tensor):
+            by_storage.setdefault(value.untyped_storage()._cdata, []).append(index)
+    for group in by_storage.values():
+        if len(group) > 1 and any(metadata.input_info[i].mutates_data for i in group):
+            return f"inputs {group} share one storage and one of them is changed"
+    return None
+
+
+def _aliases(metadata: Any) -> Iterator[OutputAlias]:
+    for index, info in enumerate(metadata.output_info):
+        if info.output_type in (OutputType.is_input, OutputType.alias_of_input):
+            yield OutputAlias(index, info.base_idx, is_view=info.output_type == OutputType.alias_of_input)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an option that Inductor doesn't have, with the nearest one that it has."""
+    known = list(torch._inductor.config.get_config_copy())
+    for name in options:
+        if name not in known:
+            raise ConfigError(
+                f"Inductor has no option {name!r}",
+                where="inductor_compile_config",
+                hint=nearest(name, known),
+            )
+
+
+def portable_config(options: dict[str, Any]) -> dict[str, Any]:
+    """Inductor's and AOTAutograd's whole configuration that can change what is generated, JSON-able.
+
+    `options`, which must exist, are patched on top of what is in force.
+    """
+    with torch._inductor.config.patch(options):
+        inductor = torch._inductor.config.save_config_portable()
+    functorch = torch._functorch.config.save_config_portable()
+    return {"inductor": _plain(inductor), "functorch": _plain(functorch)}
+
+
+def hook_identities() -> dict[str, Any] | str:
+    """The uuids of custom passes that users hung into Inductor, or why one has no identity."""
+    found: dict[str, Any] = {}
+    for name in _HOOKS:
+        hook = getattr(torch._inductor.config, name, None)
+        for item in hook if isinstance(hook, list | tuple) else [hook]:
+            if item is None:
+                continue
+            uuid = item.uuid() if hasattr(item, "uuid") else None
+            if uuid is None:
+                return f"inductor.config.{name} has no uuid(), so what it does can't be part of a key"
+            text = uuid.hex() if isinstance(uuid, bytes) else str(uuid)
+            found.setdefault(name, []).append(text)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able and stable across processes: sets sorted, other objects by their repr's digest."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in sorted(value.items(), key=lambda item: str(item[0]))}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted(str(_plain(v)) for v in value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]

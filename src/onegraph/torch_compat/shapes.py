@@ -1,0 +1,107 @@
+"""Torch's symbolic shapes, read only: the conditions on symbols that tracing and compiling came to rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+
+
+@dataclass(frozen=True)
+class RawCondition:
+    """A boolean sympy expression over torch's symbols, and where it was made."""
+
+    expr: Any
+    user: str | None
+    framework: str | None
+
+
+def conditions(shape_env: Any) -> list[RawCondition]:
+    """All four sources: guards, deferred runtime asserts, replacements, and narrowed ranges."""
+    return [*_guards(shape_env), *_deferred(shape_env), *_replacements(shape_env), *_ranges(shape_env)]
+
+
+def _guards(shape_env: Any) -> Iterator[RawCondition]:
+    for guard in shape_env.guards:
+        location = guard.sloc.framework_loc
+        framework = None
+        if location is not None:
+            framework = location if isinstance(location, str) else f"{location.filename}:{location.lineno}"
+        yield RawCondition(guard.expr, guard.sloc.maybe_user_loc, framework)
+
+
+def _deferred(shape_env: Any) -> Iterator[RawCondition]:
+    for asserts in shape_env.deferred_runtime_asserts.values():
+        for item in asserts:
+            frames = [f for f in item.stack.summary() if not is_torch_file(f.filename)] if item.stack else []
+            user = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+            yield RawCondition(item.expr, user, None)
+
+
+def _replacements(shape_env: Any) -> Iterator[RawCondition]:
+    for symbol, expr in shape_env.replacements.items():
+        yield RawCondition(sympy.Eq(symbol, expr, evaluate=False), None, None)
+
+
+def _ranges(shape_env: Any) -> Iterator[RawCondition]:
+    for symbol, value_range in shape_env.var_to_range.items():
+        if value_range.lower.is_finite:
+            yield RawCondition(sympy.Ge(symbol, value_range.lower, evaluate=False), None, None)
+        if value_range.upper.is_finite:
+            yield RawCondition(sympy.Le(symbol, value_range.upper, evaluate=False), None, None)
+
+
+def is_torch_file(filename: str) -> bool:
+    """Whether a traceback's file belongs to torch, so that it isn't the user's line."""
+    return "/torch/" in filename or filename.startswith("<")
+
+
+def proven_by_ranges(expr: Any, ranges: Mapping[Any, tuple[int, int]]) -> bool:
+    """Whether interval arithmetic proves the condition for all symbols in their ranges."""
+    try:
+        bound = bound_sympy(expr, {symbol: ValueRanges(lo, hi) for symbol, (lo, hi) in ranges.items()})
+    except Exception:  # noqa: BLE001 - an operator without a range rule proves nothing
+        return False
+    return bool(bound.is_singleton() and bound.lower == sympy.true)
+
+
+def expression(size: Any, shape_env: Any) -> Any:
+    """The sympy expression of a size, with replacements applied; ints become sympy integers."""
+    if isinstance(size, torch.SymInt):
+        return shape_env.replace(size.node.expr)
+    return sympy.Integer(size)
+
+
+def symbol_names(value: Any) -> set[str]:
+    """The names of the symbols that a fake tensor's or SymInt's sizes are made of, before replacement."""
+    if isinstance(value, torch.SymInt):
+        return {str(s) for s in value.node._expr.free_symbols}
+    return set()
+
+
+def is_symbolic(value: Any) -> bool:
+    """Whether the value is a size, float or bool that torch traces as a symbol."""
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def backed_inputs(fake_inputs: Iterable[Any]) -> list[Any]:
+    """The size inputs of a graph that torch guards on: those whose symbol has a value from the traced call."""
+    return [value for value in fake_inputs if isinstance(value, torch.SymInt) and value.node.has_hint()]
+
+
+def guards_expression(shape_env: Any, symbolic_inputs: list[Any]) -> str | None:
+    """The guards on the given SymInts as text that `holds` can evaluate in another process; None for none."""
+    if not symbolic_inputs:
+        return None
+    guards = shape_env.get_pruned_guards(symbolic_inputs)
+    text: str | None = shape_env.produce_guards_expression(placeholders=symbolic_inputs, guards=guards)
+    return text
+
+
+def holds(shape_env: Any, guards: str, symbolic_inputs: list[Any]) -> bool:
+    """Evaluates such a text; what it relies on becomes guards of the current trace."""
+    return bool(shape_env.evaluate_guards_expression(guards, symbolic_inputs))

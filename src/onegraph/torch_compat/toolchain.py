@@ -1,0 +1,69 @@
+"""The C++ toolchain as Inductor would use it: which compiler, which flags, which instruction set."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import shlex
+import subprocess
+from pathlib import Path
+
+import torch
+import torch._inductor.config
+from torch._inductor import cpp_builder, cpu_vec_isa
+
+
+class ToolchainMissing(Exception):
+    """There is no C++ compiler; the text names what was tried."""
+
+
+def cpp_compiler() -> str:
+    """The C++ compiler's command. Raises ToolchainMissing."""
+    try:
+        return str(cpp_builder.get_cpp_compiler())
+    except Exception as error:
+        raise ToolchainMissing(str(error).splitlines()[0] if str(error) else "no C++ compiler") from error
+
+
+@functools.cache
+def compiler_version(command: str) -> str:
+    """The first line of `command --version`."""
+    try:
+        output = subprocess.run(
+            [command, "--version"], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ToolchainMissing(f"{command} --version failed: {error}") from error
+    return output.stdout.splitlines()[0].strip()
+
+
+def compile_command(sources: list[str], name: str, output_dir: Path) -> tuple[list[str], Path]:
+    """The command that builds a shared library of kernels from C++ sources, and the library's path.
+
+    Torch would compile test programs to see which vector instructions work; what the CPU declares is believed.
+    """
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": True}):
+        options = cpp_builder.CppTorchDeviceOptions(
+            vec_isa=cpu_vec_isa.pick_vec_isa(), include_pytorch=False, shared=True, device_type="cpu"
+        )
+        builder = cpp_builder.CppBuilder(
+            name=name, sources=sources, BuildOption=options, output_dir=str(output_dir)
+        )
+    return shlex.split(builder.get_command_line()), Path(builder.get_target_file_path())
+
+
+def cpu_flags() -> str:
+    """What the CPU can do, as the system's kernel lists it: code is built for the native CPU."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine()
+    for line in text.splitlines():
+        if line.startswith(("flags", "Features")):
+            return " ".join(sorted(line.split(":", 1)[1].split()))
+    return platform.machine()
+
+
+def tensor_data_pointer_function() -> int:
+    """The address of torch's C function from a Python tensor to its data pointer."""
+    return int(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr)  # type: ignore[attr-defined]

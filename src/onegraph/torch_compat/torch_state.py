@@ -1,0 +1,22 @@
+"""Torch's global switches that change what a compiler makes of the same graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def compile_state() -> dict[str, Any]:
+    """The switches as JSON-able facts: determinism, precision, backends, number of threads is the target's."""
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "deterministic_fill": torch.utils.deterministic.fill_uninitialized_memory,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "default_dtype": str(torch.get_default_dtype()),
+        "mkldnn": bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled),
+        "autocast": {
+            device: [torch.is_autocast_enabled(device), str(torch.get_autocast_dtype(device))]
+            for device in ("cpu", "cuda")
+        },
+    }
