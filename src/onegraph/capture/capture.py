@@ -1,0 +1,160 @@
+"""Capture: one call of a module, traced by Dynamo into one full graph; what it assumes, read and judged.
+
+Takes a module, method or function, an example call, and the declared dynamic dims. Gives a CapturedGraph.
+The example's sizes don't reach the graph: each declared dim is an unknown size within its range.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from onegraph.capture.constraints import data_dependent_constraint, judge, refuse_narrowing, source_line
+from onegraph.capture.contract import input_contract
+from onegraph.capture.inputs import CallInputs, read_call
+from onegraph.capture.weights import lift_weights
+from onegraph.counters import counters
+from onegraph.errors import CaptureError, ConstraintError
+from onegraph.ir.graph import CapturedGraph
+from onegraph.ir.ledger import Ledger, StateEntry
+from onegraph.torch_compat import dynamo, shapes
+
+
+def capture(
+    module: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    dynamic_shapes: Any,
+    max_size: int,
+    required_alignment: Callable[[int], int],
+) -> CapturedGraph:
+    """Traces the call; must run inside `torch_compat.dynamo.compile_scope`. The module isn't run.
+
+    Raises ConfigError (the call and the declared dims don't fit), CaptureError (a graph break, with the user's
+    line and torch's hint), ConstraintError (the model needs more than was declared).
+    """
+    function, owner = traced_function(module)
+    hooked = isinstance(module, torch.nn.Module) and function is not getattr(module.forward, "__func__", None)
+    signature = inspect.signature(module.forward) if hooked else _signature_without_self(function, owner)
+    if hooked and any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in signature.parameters.values()):
+        raise CaptureError(
+            f"{type(module).__name__} has hooks, and a forward whose arguments can't all be given by name",
+            where=f"forward{signature}",
+            hint="remove the hooks, or compile module.forward, which runs without them",
+        )
+    inputs = read_call(signature, args, kwargs, dynamic_shapes, max_size, by_keyword=hooked)
+    counters.add("dynamo_compiles")
+    try:
+        with torch.no_grad():
+            raw = dynamo.capture(module, inputs.args, inputs.kwargs)
+    except dynamo.CAPTURE_EXCEPTIONS as error:
+        raise _capture_error(error, inputs) from error
+    if raw.stored_globals:
+        raise CaptureError(
+            f"the module assigns the global {raw.stored_globals[0]!r} when it is called",
+            where=f"{function.__module__}.{function.__qualname__}",
+            hint="keep such state in an attribute of the module, or outside of it",
+        )
+    counters.add("graphs_captured")
+    return _captured_graph(raw, inputs, function, owner, required_alignment)
+
+
+def traced_function(module: Any) -> tuple[Any, Any]:
+    """The Python function that is traced, and the object that is its `self`, or None.
+
+    Raises CaptureError for what isn't a module, a method or a Python function.
+    """
+    try:
+        return dynamo.traced_function(module)
+    except (RuntimeError, AttributeError) as error:
+        raise CaptureError(
+            f"{module!r:.80} can't be captured: it is a {type(module).__name__}",
+            hint="pass an nn.Module, a method or a Python function",
+        ) from error
+
+
+def _signature_without_self(function: Any, owner: Any) -> inspect.Signature:
+    return inspect.signature(function if owner is None else types.MethodType(function, owner))
+
+
+def _captured_graph(
+    raw: dynamo.RawCapture,
+    inputs: CallInputs,
+    function: Any,
+    owner: Any,
+    required_alignment: Callable[[int], int],
+) -> CapturedGraph:
+    graph_module, weights = lift_weights(raw.graph_module, function, owner)
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    fake_inputs = tuple(node.meta["example_value"] for node in placeholders)
+    fakes = dict(zip(raw.sources, fake_inputs[len(weights) :], strict=True))
+    symbols = _symbols(inputs, fakes)
+    found = judge(shapes.conditions(raw.fake_mode.shape_env), inputs.dims, symbols, "capture")
+    refuse_narrowing(found, inputs.dims)
+    contract = input_contract(inputs, fakes, symbols, required_alignment)
+    residual_self = () if owner is None else (owner,)
+
+    def make_callable(run: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(raw.make_callable(run), *residual_self)
+
+    return CapturedGraph(
+        graph_module=graph_module,
+        weights=weights,
+        input_names=raw.sources,
+        fake_inputs=fake_inputs,
+        fake_mode=raw.fake_mode,
+        dims=inputs.dims,
+        symbols=symbols,
+        ledger=Ledger(
+            inputs=contract.entries,
+            shapes=found,
+            state=tuple(
+                StateEntry(guard.name, guard.kind, user=guard.user) for guard in raw.guards if guard.name
+            ),
+            sources=raw.traced_files,
+        ),
+        make_callable=make_callable,
+        bind_entry=contract.bind,
+        num_ops=sum(node.op.startswith("call_") for node in graph_module.graph.nodes),
+    )
+
+
+def _symbols(inputs: CallInputs, fakes: dict[str, Any]) -> dict[str, str]:
+    """Which of torch's symbols stands for which declared dim, read off the declared dims of the inputs."""
+    symbols: dict[str, str] = {}
+    for leaf in inputs.leaves:
+        fake = fakes.get(leaf.source)
+        if isinstance(fake, torch.Tensor):
+            for index, dim in leaf.dims.items():
+                for symbol in shapes.symbol_names(fake.shape[index]):
+                    symbols[symbol] = dim.name
+    return symbols
+
+
+def _capture_error(error: BaseException, inputs: CallInputs) -> Exception:
+    failure = dynamo.explain_failure(error)
+    frames = [f for f in failure.user_frames if not shapes.is_torch_file(f.filename)] or list(
+        failure.user_frames
+    )
+    user = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+    quoted = source_line(user)
+    where = f"{user}: {quoted}" if quoted else user
+    if failure.condition is not None and inputs.dims:
+        entries = data_dependent_constraint(failure.condition, user, inputs.dims)
+        return ConstraintError(
+            f"the model decides on a size that is declared dynamic: {entries[0].expr}",
+            where=where,
+            hint="compute the same for every size (torch.where instead of a branch), hide the branch in a custom "
+            "op, or declare a Dim for which the answer is the same everywhere",
+            constraints=entries,
+        )
+    hint = "; ".join(failure.hints[:3]) or "see TORCH_LOGS=graph_breaks for torch's own words"
+    return CaptureError(
+        f"the module can't be captured as one graph: {failure.reason}", where=where, hint=hint
+    )

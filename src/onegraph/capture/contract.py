@@ -1,0 +1,266 @@
+"""The input contract: what every later call must have in common with the traced one, as straight-line Python.
+
+Takes the leaves of the traced call and the symbolic values that the graph has for them; gives the ledger's
+entries and the source of an entry function with the module's own signature, which checks and then calls on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from onegraph.capture.inputs import CallInputs, Container, Leaf
+from onegraph.errors import CaptureError, ConfigError, InputContractError, ShapeOutOfRangeError
+from onegraph.ir.dims import DynamicDim
+from onegraph.ir.ledger import InputEntry
+from onegraph.torch_compat import shapes
+
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+@dataclass
+class _Code:
+    """The function under construction: its lines, and the objects that they name."""
+
+    lines: list[str] = field(default_factory=list)
+    names: dict[str, Any] = field(default_factory=dict)
+    entries: list[InputEntry] = field(default_factory=list)
+    sizes: dict[str, str] = field(default_factory=dict)
+
+    def constant(self, value: Any) -> str:
+        name = f"_c{len(self.names)}"
+        self.names[name] = value
+        return name
+
+    def check(self, condition: str, code: str, path: str, fact: str, expected: Any) -> None:
+        """Adds: when `condition` is true, the argument breaks the contract."""
+        entry = InputEntry(path, fact, str(expected))
+        self.entries.append(entry)
+        self.lines.append(f"    if {condition}: _break({self.constant(entry)}, {code})")
+
+
+@dataclass(frozen=True)
+class Contract:
+    """`entries` for the ledger; `bind(call)` gives the checking entry in front of `call`."""
+
+    entries: tuple[InputEntry, ...]
+    source: str
+    bind: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def input_contract(
+    inputs: CallInputs,
+    fakes: Mapping[str, Any],
+    symbols: Mapping[str, str],
+    required_alignment: Callable[[int], int],
+) -> Contract:
+    """Builds the contract. `fakes` are the graph's symbolic values by Dynamo's source name.
+
+    Raises CaptureError for an input whose strides follow a size in a way that can't be told in its dims.
+    """
+    code = _Code()
+    for container in inputs.containers:
+        _check_container(code, container)
+    for leaf in inputs.leaves:
+        if isinstance(leaf.value, torch.Tensor):
+            _check_tensor(code, leaf, fakes.get(leaf.source), symbols, required_alignment)
+        else:
+            _check_constant(code, leaf)
+    parameters, call = _signature_code(inputs, code)
+    source = "\n".join([f"def entry({parameters}):", *code.lines, f"    return _call({call})"])
+
+    def bind(target: Callable[..., Any]) -> Callable[..., Any]:
+        namespace = {
+            **code.names,
+            "_call": target,
+            "_break": _break,
+            "_outside": _outside,
+            "_grad_enabled": torch.is_grad_enabled,
+            "_no_gradients": _no_gradients,
+            "_Tensor": torch.Tensor,
+        }
+        exec(compile(source, "<onegraph input contract>", "exec"), namespace)  # noqa: S102 - our own text
+        entry: Callable[..., Any] = namespace["entry"]
+        return entry
+
+    return Contract(tuple(code.entries), source, bind)
+
+
+def _check_container(code: _Code, container: Container) -> None:
+    kind = code.constant(container.kind)
+    code.check(
+        f"type({container.code}) is not {kind}",
+        container.code,
+        container.path,
+        "type",
+        container.kind.__name__,
+    )
+    if container.kind is dict:
+        keys = code.constant(list(container.keys))  # type: ignore[arg-type]
+        code.check(
+            f"list({container.code}) != {keys}", container.code, container.path, "keys", container.keys
+        )
+    elif isinstance(container.keys, int) and container.keys >= 0:
+        code.check(
+            f"len({container.code}) != {container.keys}",
+            container.code,
+            container.path,
+            "length",
+            container.keys,
+        )
+
+
+def _check_constant(code: _Code, leaf: Leaf) -> None:
+    kind = code.constant(type(leaf.value))
+    if isinstance(leaf.value, _CONSTANTS):
+        if leaf.value is None or isinstance(leaf.value, bool):
+            code.check(f"{leaf.code} is not {leaf.value}", leaf.code, leaf.path, "value", leaf.value)
+            return
+        value = code.constant(leaf.value)
+        code.check(
+            f"type({leaf.code}) is not {kind} or {leaf.code} != {value}",
+            leaf.code,
+            leaf.path,
+            "value",
+            leaf.value,
+        )
+    else:
+        code.check(
+            f"type({leaf.code}) is not {kind}", leaf.code, leaf.path, "type", type(leaf.value).__name__
+        )
+
+
+def _check_tensor(
+    code: _Code,
+    leaf: Leaf,
+    fake: Any,
+    symbols: Mapping[str, str],
+    required_alignment: Callable[[int], int],
+) -> None:
+    value, at, path = leaf.value, leaf.code, leaf.path
+    code.check(f"not isinstance({at}, _Tensor)", at, path, "type", "Tensor")
+    code.check(f"{at}.dtype is not {code.constant(value.dtype)}", at, path, "dtype", value.dtype)
+    code.check(f"{at}.device != {code.constant(value.device)}", at, path, "device", value.device)
+    code.check(f"{at}.dim() != {value.dim()}", at, path, "rank", value.dim())
+    if value.dim():
+        size = f"_s{len(code.lines)}"
+        code.lines.append(f"    {size} = {at}.shape")
+        for index, length in enumerate(value.shape):
+            if index in leaf.dims:
+                _check_dim(code, leaf.dims[index], f"{size}[{index}]", at, path, index)
+            else:
+                code.check(f"{size}[{index}] != {length}", at, path, f"size of dim {index}", length)
+    if value.layout == torch.strided:
+        _check_layout(code, leaf, fake, symbols, required_alignment)
+    code.lines.append(f"    if {at}.requires_grad and _grad_enabled(): _no_gradients({path!r})")
+
+
+def _check_dim(code: _Code, dim: DynamicDim, size: str, at: str, path: str, index: int) -> None:
+    known = code.sizes.get(dim.name)
+    if known is None:
+        name = code.sizes[dim.name] = f"_n{len(code.sizes)}"
+        code.lines.append(f"    {name} = {size}")
+        code.lines.append(
+            f"    if not {dim.min} <= {name} <= {dim.max}: _outside({code.constant(dim)}, {path!r}, {index}, {name})"
+        )
+    else:
+        code.check(
+            f"{size} != {known}", at, path, f"size of dim {index}", f"{dim.name}, as in {dim.inputs[0]}"
+        )
+
+
+def _check_layout(
+    code: _Code, leaf: Leaf, fake: Any, symbols: Mapping[str, str], required_alignment: Callable[[int], int]
+) -> None:
+    value, at, path = leaf.value, leaf.code, leaf.path
+    if value.is_contiguous():
+        code.check(f"not {at}.is_contiguous()", at, path, "strides", "contiguous")
+    elif isinstance(fake, torch.Tensor):
+        strides = ", ".join(_stride_code(step, code.sizes, symbols, leaf) for step in fake.stride())
+        code.check(f"{at}.stride() != ({strides},)", at, path, "strides", f"({strides})")
+    alignment = required_alignment(value.element_size())
+    if alignment > 1:
+        code.check(f"{at}.data_ptr() % {alignment}", at, path, "alignment in bytes", alignment)
+
+
+def _stride_code(step: Any, sizes: Mapping[str, str], symbols: Mapping[str, str], leaf: Leaf) -> str:
+    if isinstance(step, int):
+        return str(step)
+    expr = shapes.expression(step, None)
+    text = str(expr)
+    for symbol in sorted(expr.free_symbols, key=lambda s: -len(str(s))):
+        name = sizes.get(symbols.get(str(symbol), ""))
+        if name is None:
+            raise CaptureError(
+                f"the strides of {leaf.path} depend on a size that isn't one of its declared dims",
+                where=leaf.path,
+                hint="pass it contiguous: tensor.contiguous()",
+            )
+        text = text.replace(str(symbol), name)
+    return text
+
+
+def _signature_code(inputs: CallInputs, code: _Code) -> tuple[str, str]:
+    """The parameters of the entry function, and the arguments with which it calls on, as source."""
+    signature = inputs.signature
+    parameters: list[str] = []
+    arguments: list[str] = []
+    kinds = [p.kind for p in signature.parameters.values()]
+    for index, parameter in enumerate(signature.parameters.values()):
+        name = parameter.name
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in "".join(p[:1] for p in parameters):
+            parameters.append("*")
+        default = ""
+        if parameter.default is not parameter.empty:
+            default = f"={code.constant(parameter.default)}"
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            parameters.append(f"*{name}")
+            arguments.append(f"*{name}")
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            parameters.append(f"**{name}")
+            arguments.append(f"**{name}")
+        else:
+            parameters.append(f"{name}{default}")
+            by_name = inputs.by_keyword or parameter.kind is parameter.KEYWORD_ONLY
+            arguments.append(f"{name}={name}" if by_name else name)
+        if parameter.kind is parameter.POSITIONAL_ONLY and kinds[index + 1 : index + 2] != [
+            parameter.POSITIONAL_ONLY
+        ]:
+            parameters.append("/")
+    return ", ".join(parameters), ", ".join(arguments)
+
+
+def _break(entry: InputEntry, value: Any) -> None:
+    actual: Any = value
+    if isinstance(value, torch.Tensor):
+        actual = (
+            f"a tensor {value.dtype} {tuple(value.shape)} with strides {value.stride()} on {value.device}"
+        )
+    elif entry.fact in ("type", "value"):
+        actual = f"{type(value).__name__} {value!r:.80}"
+    raise InputContractError(
+        f"{entry.path} broke the input contract: its {entry.fact} was {entry.value} when the module was captured, "
+        f"and now it is given {actual}",
+        where=f"argument {entry.path}",
+        hint="declare sizes that change in dynamic_shapes, pass values that change as tensors, or compile once "
+        "more for the other kind of call",
+    )
+
+
+def _outside(dim: DynamicDim, path: str, index: int, size: int) -> None:
+    raise ShapeOutOfRangeError(
+        f"{path} has size {size} at dim {index}, outside the declared range {dim.name} = {dim.min}..{dim.max}",
+        where=f"argument {path}",
+        hint=f'declare it wider, such as Dim("{dim.name}", min={min(dim.min, size)}, max={max(dim.max, size)})',
+    )
+
+
+def _no_gradients(path: str) -> None:
+    raise ConfigError(
+        f"{path} requires a gradient, and onegraph compiles for inference only",
+        where=f"argument {path}",
+        hint="call under torch.no_grad() or torch.inference_mode(), or pass tensor.detach()",
+    )

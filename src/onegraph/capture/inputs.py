@@ -1,0 +1,329 @@
+"""The arguments of a call as leaves with paths, and the declared dynamic dims laid over them.
+
+Takes a bound call and `dynamic_shapes` as in torch.export; gives arguments whose tensors are marked aliases of
+the caller's (their contents are never read or changed), and one `Leaf` for each tensor or constant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import Dim
+
+from onegraph.errors import ConfigError, nearest
+from onegraph.ir.dims import DynamicDim
+from onegraph.ir.region import canonical_hint
+from onegraph.torch_compat import dynamo
+
+Constant = type(None) | bool | int | float | complex | str | bytes | torch.dtype | torch.device | enum.Enum
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor or constant of a call.
+
+    `path` is for people (`caches[0]`), `source` is Dynamo's name (`L['caches'][0]`), `code` is a Python
+    expression over the parameters of the traced function. `dims` maps dims of a tensor to declared ones.
+    """
+
+    path: str
+    source: str
+    code: str
+    value: Any
+    dims: Mapping[int, DynamicDim]
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container on the way to the leaves: its type and its length or keys must stay."""
+
+    path: str
+    code: str
+    kind: type
+    keys: tuple[Any, ...] | int
+
+
+@dataclass(frozen=True)
+class CallInputs:
+    """A call ready to be traced. `arguments` replace the caller's, name by name."""
+
+    signature: inspect.Signature
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_keyword: bool
+    leaves: tuple[Leaf, ...]
+    containers: tuple[Container, ...]
+    dims: tuple[DynamicDim, ...]
+
+
+def read_call(
+    signature: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    max_size: int,
+    *,
+    by_keyword: bool = False,
+) -> CallInputs:
+    """Binds the call and marks its dynamic dims. `max_size` bounds a Dim that was declared without a max.
+
+    With `by_keyword` the traced function takes `**kwargs` alone (a module's `__call__`, where there are hooks)
+    and every argument is handed to it by name.
+    Raises ConfigError for arguments that don't fit the signature, or dims that don't fit the arguments.
+    """
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"the call doesn't fit the module: {error}", where=f"forward{signature}") from error
+    bound.apply_defaults()
+    walk = _Walk(max_size)
+    specs = _specs_by_name(dynamic_shapes, signature, bound)
+    for name, value in bound.arguments.items():
+        source = f"L['kwargs'][{name!r}]" if by_keyword else f"L[{name!r}]"
+        bound.arguments[name] = walk.visit(value, name, source, name, specs.get(name))
+    dims = {dim.name: dim for dim in walk.declared()}
+    return CallInputs(
+        signature=signature,
+        args=() if by_keyword else bound.args,
+        kwargs=dict(bound.arguments) if by_keyword else bound.kwargs,
+        by_keyword=by_keyword,
+        leaves=tuple(
+            dataclasses.replace(leaf, dims={i: dims[dim.name] for i, dim in leaf.dims.items()})
+            for leaf in walk.leaves
+        ),
+        containers=tuple(walk.containers),
+        dims=tuple(dims.values()),
+    )
+
+
+def _specs_by_name(
+    dynamic_shapes: Any, signature: inspect.Signature, bound: inspect.BoundArguments
+) -> dict[str, Any]:
+    """The spec of each parameter; names under a **kwargs parameter may stand at the top, as in torch.export."""
+    if dynamic_shapes is None:
+        return {}
+    names = list(bound.arguments)
+    if isinstance(dynamic_shapes, tuple | list):
+        if len(dynamic_shapes) > len(names):
+            raise ConfigError(
+                f"dynamic_shapes has {len(dynamic_shapes)} entries for {len(names)} arguments",
+                where=f"forward{signature}",
+            )
+        return dict(zip(names, dynamic_shapes, strict=False))
+    if not isinstance(dynamic_shapes, Mapping):
+        raise ConfigError(
+            f"dynamic_shapes is a {type(dynamic_shapes).__name__}, not a dict by argument name",
+            hint='for example dynamic_shapes={"x": {0: Dim("num_tokens", min=1, max=8192)}}',
+        )
+    specs = {}
+    extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    for name, spec in dynamic_shapes.items():
+        if name in bound.arguments:
+            specs[name] = spec
+        elif extra is not None and name in bound.arguments.get(extra, {}):
+            specs.setdefault(extra, {})[name] = spec
+        elif name not in signature.parameters and extra is None:
+            raise ConfigError(
+                f"dynamic_shapes names {name!r}, which is no argument of the module",
+                where=f"forward{signature}",
+                hint=nearest(str(name), names),
+            )
+    return specs
+
+
+class _Walk:
+    """One pass over the arguments: rebuilds containers, aliases tensors, collects leaves."""
+
+    def __init__(self, max_size: int) -> None:
+        self.max_size = max_size
+        self.leaves: list[Leaf] = []
+        self.containers: list[Container] = []
+        self.aliases: dict[int, torch.Tensor] = {}
+        self.dims: dict[str, DynamicDim] = {}
+        self.places: dict[str, list[str]] = {}
+
+    def declared(self) -> Iterator[DynamicDim]:
+        for name, dim in self.dims.items():
+            yield dataclasses.replace(dim, inputs=tuple(self.places[name]))
+
+    def visit(self, value: Any, path: str, source: str, code: str, spec: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.tensor(value, path, source, code, spec)
+        if isinstance(value, dict) and type(value) is dict:
+            self.containers.append(Container(path, code, dict, tuple(value)))
+            items = {
+                k: self.visit(
+                    v, f"{path}[{k!r}]", f"{source}[{k!r}]", f"{code}[{k!r}]", _child(spec, k, path)
+                )
+                for k, v in value.items()
+            }
+            return items
+        if type(value) in (list, tuple):
+            self.containers.append(Container(path, code, type(value), len(value)))
+            return type(value)(
+                self.visit(v, f"{path}[{i}]", f"{source}[{i}]", f"{code}[{i}]", _child(spec, i, path))
+                for i, v in enumerate(value)
+            )
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            self.containers.append(Container(path, code, type(value), len(value)))
+            return type(value)(
+                *(
+                    self.visit(v, f"{path}.{f}", f"{source}.{f}", f"{code}.{f}", _child(spec, i, path, f))
+                    for i, (f, v) in enumerate(zip(value._fields, value, strict=True))
+                )
+            )
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return self.dataclass(value, path, source, code, spec)
+        if spec is not None and not _is_static(spec):
+            raise ConfigError(
+                f"dynamic_shapes declares a dynamic size for {path}, which is a {type(value).__name__}",
+                hint="only tensors have dynamic dims",
+            )
+        self.leaves.append(Leaf(path, source, code, value, {}))
+        return value
+
+    def dataclass(self, value: Any, path: str, source: str, code: str, spec: Any) -> Any:
+        """Fields are visited; the object is copied without its __init__, so that aliases stand in its fields."""
+        names = tuple(f.name for f in dataclasses.fields(value))
+        self.containers.append(Container(path, code, type(value), -1))
+        copied = object.__new__(type(value))
+        if hasattr(value, "__dict__"):
+            copied.__dict__.update(value.__dict__)
+        for name in names:
+            child = self.visit(
+                getattr(value, name),
+                f"{path}.{name}",
+                f"{source}.{name}",
+                f"{code}.{name}",
+                _child(spec, name, path),
+            )
+            object.__setattr__(copied, name, child)
+        return copied
+
+    def tensor(self, value: torch.Tensor, path: str, source: str, code: str, spec: Any) -> torch.Tensor:
+        declared = self.tensor_dims(value, path, spec)
+        alias = self.aliases.get(id(value))
+        if alias is None:
+            alias = _canonical_alias(value) if type(value) in (torch.Tensor, torch.nn.Parameter) else value
+            self.aliases[id(value)] = alias
+        if declared and alias is value:
+            raise ConfigError(
+                f"{path} is a {type(value).__name__}; dynamic dims need a plain torch.Tensor",
+                hint="pass its plain tensor, or leave its sizes static",
+            )
+        for index, dim in declared.items():
+            size = value.shape[index]
+            if not dim.min <= size <= dim.max:
+                raise ConfigError(
+                    f"{path} has size {size} at dim {index}, outside {dim.name} = {dim.min}..{dim.max}",
+                    hint="give an example within the declared range",
+                )
+            dynamo.mark_dynamic_dim(
+                alias, index, name=dim.name, minimum=dim.min, maximum=dim.max, hint=canonical_hint(dim)
+            )
+        self.leaves.append(Leaf(path, source, code, value, declared))
+        return alias
+
+    def tensor_dims(self, value: torch.Tensor, path: str, spec: Any) -> dict[int, DynamicDim]:
+        declared: dict[int, DynamicDim] = {}
+        for index, item in _dim_items(spec, path):
+            if index >= value.dim() or index < 0:
+                raise ConfigError(f"dynamic_shapes names dim {index} of {path}, which has {value.dim()} dims")
+            dim = self.dim(item, path, index)
+            if dim is not None:
+                declared[index] = dim
+                self.places.setdefault(dim.name, []).append(f"{path}[{index}]")
+        return declared
+
+    def dim(self, item: Any, path: str, index: int) -> DynamicDim | None:
+        where = f"dynamic_shapes, {path} dim {index}"
+        if item is None or item is Dim.STATIC or isinstance(item, int):
+            return None
+        if item is Dim.AUTO or item is Dim.DYNAMIC:
+            return self.remember(DynamicDim(f"{path}[{index}]", 0, self.max_size), where)
+        if type(item).__name__ in ("_DerivedDim", "DerivedDim"):
+            raise ConfigError(
+                f"{item.__name__} is derived from another dim",
+                where=where,
+                hint="declare it as a Dim of its own with a range",
+            )
+        if not isinstance(item, Dim):
+            raise ConfigError(
+                f"{item!r} is no Dim", where=where, hint='write Dim("name", min=1, max=N) from torch.export'
+            )
+        maximum = item.max if isinstance(item.max, int) and item.max < 2**62 else self.max_size
+        return self.remember(DynamicDim(item.__name__, int(item.min), int(maximum)), where)
+
+    def remember(self, dim: DynamicDim, where: str) -> DynamicDim:
+        known = self.dims.setdefault(dim.name, dim)
+        if (known.min, known.max) != (dim.min, dim.max):
+            raise ConfigError(
+                f"{dim.name} is declared as {known.min}..{known.max} and as {dim.min}..{dim.max}",
+                where=where,
+                hint="one name is one size: use the same Dim, or another name",
+            )
+        return known
+
+
+def _child(spec: Any, key: Any, path: str, name: str | None = None) -> Any:
+    """The spec of one child of a container: by key or index, by field name, or none."""
+    if spec is None or _is_static(spec):
+        return None
+    if isinstance(spec, Mapping):
+        return spec.get(key, spec.get(name) if name is not None else None)
+    if isinstance(spec, tuple | list) and isinstance(key, int):
+        if key >= len(spec):
+            raise ConfigError(f"dynamic_shapes has {len(spec)} entries for {path}, which has more")
+        return spec[key]
+    raise ConfigError(
+        f"dynamic_shapes gives {spec!r} for {path}, which is a container",
+        hint="nest it as the argument is nested",
+    )
+
+
+def _is_static(spec: Any) -> bool:
+    return spec is Dim.STATIC or spec == {} or spec == () or spec == []
+
+
+def _dim_items(spec: Any, path: str) -> list[tuple[int, Any]]:
+    if spec is None or spec is Dim.STATIC:
+        return []
+    if isinstance(spec, Mapping):
+        wrong = [key for key in spec if not isinstance(key, int)]
+        if wrong:
+            raise ConfigError(
+                f"dynamic_shapes gives {wrong[0]!r} for {path}", hint="a tensor's dims are numbered 0, 1, …"
+            )
+        return list(spec.items())
+    if isinstance(spec, tuple | list):
+        return list(enumerate(spec))
+    raise ConfigError(
+        f"dynamic_shapes gives {spec!r} for the tensor {path}",
+        hint='write {0: Dim("num_tokens", min=1, max=8192)}',
+    )
+
+
+def _canonical_alias(value: torch.Tensor) -> torch.Tensor:
+    """Another Python object over the same memory, so that marks don't stay on the caller's tensor.
+
+    A contiguous tensor with a dim of size 1 may carry any stride there; the alias has the canonical one.
+    """
+    alias = value.detach()
+    if alias.layout == torch.strided and alias.is_contiguous() and alias.stride() != _contiguous(alias.shape):
+        alias = alias.as_strided(alias.shape, _contiguous(alias.shape), alias.storage_offset())
+    return alias
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))

@@ -1,0 +1,1 @@
+"""Split: from a captured graph to its pieces."""
