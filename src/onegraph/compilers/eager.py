@@ -1,0 +1,12 @@
+"""The eager compiler: the captured graph as it is, op by op. Nothing is compiled and nothing is stored."""
+
+from __future__ import annotations
+
+from onegraph.ir.artifact import PieceCallable
+from onegraph.ir.piece import Piece
+
+
+def compile_piece(piece: Piece) -> PieceCallable:
+    """The graph module's own forward, which takes the piece's inputs flat and returns a tuple."""
+    run: PieceCallable = piece.graph_module.forward
+    return run

@@ -1,0 +1,113 @@
+"""The Inductor compiler: from a piece to an artifact's files, and from files to a callable.
+
+A fresh compile and a warm load end in the same code, so they run the same thing. What can't be put into files
+(an input whose strides change in place, say) runs as Inductor's own callable, in this process only.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onegraph.compilers.wrapper import put_together, take_apart
+from onegraph.counters import counters
+from onegraph.errors import CompileError, OnegraphError
+from onegraph.ir.artifact import Artifact, OutputAlias, PieceCallable
+from onegraph.ir.key import Key
+from onegraph.ir.piece import Piece
+from onegraph.ir.target import Target
+from onegraph.torch_compat import inductor
+
+WRAPPER, CONSTANTS = "wrapper.py", "constants.pt"
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """A compiled piece that can't be stored, and why."""
+
+    call: PieceCallable
+    reason: str
+
+
+def compile_artifact(
+    piece: Piece, key: Key | None, target: Target, options: dict[str, Any]
+) -> Artifact | InProcess:
+    """Compiles the piece; must run inside `torch_compat.dynamo.compile_scope`.
+
+    Raises CompileError, which names the piece and says what torch or the toolchain said.
+    """
+    started = time.perf_counter()
+    counters.add("inductor_compiles")
+    try:
+        output = inductor.compile_graph(
+            copy.deepcopy(piece.graph_module), list(piece.fake_inputs), piece.fake_mode, options
+        )
+    except OnegraphError:
+        raise
+    except Exception as error:
+        raise CompileError(
+            f"Inductor failed on piece {piece.index}: {type(error).__name__}: {_first_lines(error)}",
+            where=f"piece {piece.index}, {len(piece.graph_module.graph.nodes)} nodes",
+            hint="-O.backend=aot_eager or --enforce-eager runs without Inductor; --verbose shows torch's traceback",
+        ) from error
+    if output.not_portable is not None:
+        assert output.callable is not None
+        return InProcess(output.callable, output.not_portable)
+    source, kernels = take_apart(output.source, output.kernels)
+    files = {WRAPPER: source.encode(), **target.build_kernels(kernels)}
+    if output.constants:
+        buffer = io.BytesIO()
+        torch.save(output.constants, buffer)
+        files[CONSTANTS] = buffer.getvalue()
+    return Artifact(
+        key=key or Key("", {}),
+        files=files,
+        aliases=output.aliases,
+        seconds=time.perf_counter() - started,
+        facts={"num_kernels": len(kernels), "num_ops": len(piece.graph_module.graph.nodes)},
+    )
+
+
+def load_artifact(
+    files: Mapping[str, Path], aliases: tuple[OutputAlias, ...], target: Target
+) -> PieceCallable:
+    """A callable made of an artifact's files alone. Runs no compiler. The files may go away afterwards."""
+    constants: dict[str, Any] = {}
+    if CONSTANTS in files:
+        constants = torch.load(files[CONSTANTS], weights_only=True)
+    path = files[WRAPPER]
+    call = put_together(path, path.read_text(), target.load_kernels(files), constants)
+    return _with_aliases(call, aliases) if aliases else _flat(call)
+
+
+def _flat(call: Callable[[list[Any]], Any]) -> PieceCallable:
+    def run(*inputs: Any) -> Any:
+        return call(list(inputs))
+
+    return run
+
+
+def _with_aliases(call: Callable[[list[Any]], Any], aliases: tuple[OutputAlias, ...]) -> PieceCallable:
+    def run(*inputs: Any) -> Any:
+        outputs = list(call(list(inputs)))
+        for alias in aliases:
+            base = inputs[alias.input]
+            if alias.is_view:
+                out = outputs[alias.output]
+                outputs[alias.output] = base.as_strided(out.size(), out.stride(), out.storage_offset())
+            else:
+                outputs[alias.output] = base
+        return outputs
+
+    return run
+
+
+def _first_lines(error: BaseException) -> str:
+    return "\n".join(str(error).strip().splitlines()[:8])

@@ -1,0 +1,81 @@
+"""Inductor's wrapper module, taken apart and put together: its kernels come from a library instead of a build.
+
+Takes the Python text that Inductor wrote and the kernels it would have built; gives the same text with each
+build replaced by a look-up in `kernels`, and the kernels under the names that the text calls them by. The
+result runs without Inductor's compile workers and without a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from onegraph.errors import CompileError
+from onegraph.ir.target import KernelSource
+
+_BUILD = "cpp_pybinding"
+
+
+def take_apart(source: str, kernels: tuple[KernelSource, ...]) -> tuple[str, tuple[KernelSource, ...]]:
+    """Gives the wrapper's text without builds, and its kernels with their names.
+
+    Raises CompileError where the text has a form that this version doesn't know.
+    """
+    lines = source.splitlines(keepends=True)
+    named: list[KernelSource] = []
+    remaining = list(kernels)
+    for node in ast.parse(source).body:
+        text = _replacement(node, remaining, named)
+        if text is not None:
+            lines[node.lineno - 1] = text
+            for number in range(node.lineno, node.end_lineno or node.lineno):
+                lines[number] = ""
+    result = "".join(lines)
+    if remaining or "async_compile" in result:
+        raise CompileError(
+            f"Inductor's wrapper has {len(remaining)} kernels that its text doesn't name in a known form",
+            where="torch._inductor's generated Python",
+            hint="report this with your torch version; -O.backend=aot_eager runs without Inductor",
+        )
+    return result, tuple(named)
+
+
+def _replacement(node: ast.stmt, remaining: list[KernelSource], named: list[KernelSource]) -> str | None:
+    """The line to put in place of a statement that builds or waits; None leaves the statement as it is."""
+    if isinstance(node, ast.ImportFrom) and any(alias.name == "AsyncCompile" for alias in node.names):
+        return "\n"
+    if isinstance(node, ast.Delete) and "async_compile" in ast.unparse(node):
+        return "\n"
+    if isinstance(node, ast.Expr) and ast.unparse(node).startswith("async_compile."):
+        return "\n"
+    if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)):
+        return None
+    called = ast.unparse(node.value.func)
+    if called == "AsyncCompile":
+        return "\n"
+    if called != f"async_compile.{_BUILD}" or not remaining:
+        return None
+    name = ast.unparse(node.targets[0])
+    named.append(replace(remaining.pop(0), name=name))
+    return f"{name} = kernels[{name!r}]\n"
+
+
+def put_together(
+    path: Path, source: str, kernels: Mapping[str, Any], constants: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Executes the wrapper's text with its kernels and constants; gives its `call`, which takes one list.
+
+    `path` is the file that tracebacks and debuggers show.
+    """
+    namespace: dict[str, Any] = {
+        "__name__": "onegraph_artifact",
+        "__file__": str(path),
+        "kernels": kernels,
+        **constants,
+    }
+    exec(compile(source, str(path), "exec"), namespace)  # noqa: S102 - an artifact is code, verified by the store
+    call: Callable[..., Any] = namespace["call"]
+    return call
