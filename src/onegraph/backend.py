@@ -1,0 +1,45 @@
+"""One graph of torch.compile's, compiled and stored: the part of the pipeline that runs below Dynamo.
+
+Takes the graph module and inputs that Dynamo hands to a backend. What compiling assumes about sizes becomes
+Dynamo's guards, on a warm start as on a cold one; there is no declared range and no ledger here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from onegraph.config.resolve import ResolvedConfig
+from onegraph.errors import ConfigError
+from onegraph.ir.piece import Piece
+from onegraph.piece_compiler import PieceCompiler
+from onegraph.store.store import Store
+from onegraph.targets import target_for
+from onegraph.torch_compat import dynamo
+
+
+def compile_dynamo_graph(
+    graph_module: torch.fx.GraphModule, example_inputs: list[Any], config: ResolvedConfig, store: Store | None
+) -> Callable[..., Any]:
+    """A callable of the graph's inputs. Raises ConfigError if a gradient is needed, CompileError."""
+    if torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
+    ):
+        raise ConfigError(
+            "torch.compile(backend='onegraph') is for inference, and this call needs gradients",
+            hint="call under torch.no_grad() or torch.inference_mode()",
+        )
+    fakes = tuple(n.meta["example_value"] for n in graph_module.graph.find_nodes(op="placeholder"))
+    devices = {value.device.type for value in fakes if isinstance(value, torch.Tensor)} or {"cpu"}
+    piece = Piece(
+        index=0,
+        kind="compiled",
+        graph_module=graph_module,
+        fake_inputs=fakes,
+        fake_mode=dynamo.current_fake_mode(),
+    )
+    compiler = PieceCompiler(config, target_for(devices.pop()), store, lambda conditions: ())
+    with dynamo.COMPILE_LOCK:
+        return compiler.compile(piece, None).call

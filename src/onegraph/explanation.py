@@ -1,0 +1,104 @@
+"""Explanation: everything that is known about how a model was compiled, as data and as text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from onegraph.ir.dims import DynamicDim
+from onegraph.ir.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class PieceExplanation:
+    """One piece: which backend runs it, and for its range whether the store had it, with the reason."""
+
+    index: int
+    kind: str
+    backend: str
+    key: str | None
+    store: str
+    why: str
+    seconds: float
+    ranges: tuple[tuple[int | None, int | None], ...] = ((None, None),)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "index": self.index,
+            "kind": self.kind,
+            "same_as": None,
+            "differs_from": None,
+            "module_path": "",
+            "backend": self.backend,
+            "ranges": [
+                {
+                    "min": lower,
+                    "max": upper,
+                    "key": self.key,
+                    "store": self.store,
+                    "why": self.why,
+                    "seconds": round(self.seconds, 3),
+                }
+                for lower, upper in self.ranges
+            ],
+            "passes": {},
+        }
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `compiled.explain()` returns: `to_dict()` is what `onegraph explain --json` prints, `str()` is for people."""
+
+    model: str
+    config: dict[str, dict[str, Any]]
+    stages: tuple[tuple[str, float], ...] = ()
+    dims: tuple[DynamicDim, ...] = ()
+    ledger: Ledger = field(default_factory=Ledger)
+    pieces: tuple[PieceExplanation, ...] = ()
+    num_ops: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def start(self) -> str:
+        """`cold` if a piece was compiled, `warm` if all came from the store, `eager` if nothing is compiled."""
+        compiled = [piece for piece in self.pieces if piece.backend == "inductor"]
+        if not compiled:
+            return "eager"
+        return "warm" if all(piece.store == "hit" for piece in compiled) else "cold"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "config": self.config,
+            "stages": [{"name": name, "seconds": round(seconds, 3)} for name, seconds in self.stages],
+            "dims": [dim.to_dict() for dim in self.dims],
+            "ledger": self.ledger.to_dict(),
+            "pieces": [piece.to_dict() for piece in self.pieces],
+            "plan": None,
+            "check": [],
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: {self.start} start" if self.pieces else f"{self.model}: nothing compiled yet"
+        ]
+        if self.stages:
+            lines.append("stages   " + "  ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages))
+        for dim in self.dims:
+            lines.append(f"dim      {dim.name} = {dim.min}..{dim.max}  ({', '.join(dim.inputs)})")
+        for piece in self.pieces:
+            lines.append(f"piece {piece.index}  {piece.backend}, store {piece.store}: {piece.why}")
+        if self.pieces:
+            proven = sum(entry.effect == "proven" for entry in self.ledger.shapes)
+            lines.append(
+                f"ledger   {len(self.ledger.inputs)} input facts checked on every call, {proven} conditions on sizes "
+                f"proven, {len(self.ledger.state)} facts of Python state recorded, not checked by this version"
+            )
+        for entry in self.ledger.shapes:
+            lines.append(
+                f"  {entry.effect}: {entry.expr}  ({entry.stage}, {entry.user or entry.framework or 'torch'})"
+            )
+        chosen = [(name, item) for name, item in self.config.items() if item["why"] != "default"]
+        lines += [f"config   {name} = {item['value']}  ({item['why']})" for name, item in chosen]
+        lines += [f"note     {note}" for note in self.notes]
+        return "\n".join(lines)

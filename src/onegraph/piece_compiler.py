@@ -1,0 +1,128 @@
+"""From a piece to something that runs: by the configured backend, and with Inductor through the store.
+
+Takes a piece and a region; gives a CompiledPiece with the reason why it was compiled or loaded. A fresh
+artifact is written and then loaded from its files, so that cold and warm starts run the same code.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from onegraph.compilers import aot_eager, eager, inductor
+from onegraph.compilers.key import piece_key
+from onegraph.config.resolve import ResolvedConfig
+from onegraph.counters import counters
+from onegraph.ir.artifact import Artifact, CompiledPiece, PieceCallable
+from onegraph.ir.key import Key, Unkeyable
+from onegraph.ir.ledger import ShapeEntry
+from onegraph.ir.piece import Piece
+from onegraph.ir.region import Region
+from onegraph.ir.target import Target
+from onegraph.log import get_logger
+from onegraph.store.store import Store
+from onegraph.torch_compat import shapes
+from onegraph.torch_compat.structured_trace import trace_text
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class PieceCompiler:
+    """`store` None means that nothing is read or written.
+
+    `check_sizes(conditions)` judges what compiling came to assume about sizes, and raises ConstraintError for
+    what the declared ranges don't imply: before anything is written.
+    """
+
+    config: ResolvedConfig
+    target: Target
+    store: Store | None
+    check_sizes: Callable[[list[shapes.RawCondition]], tuple[ShapeEntry, ...]]
+
+    def compile(self, piece: Piece, region: Region | None) -> CompiledPiece:
+        """Needs `torch_compat.dynamo.compile_scope`. Raises CompileError, ConstraintError."""
+        started = time.perf_counter()
+        backend = "eager" if piece.index in self.config.eager_pieces else self.config.backend
+        if backend == "eager":
+            why = "asked for by eager_pieces" if self.config.backend != "eager" else "backend=eager"
+            made = CompiledPiece(eager.compile_piece(piece), "eager", "off", why, 0.0)
+        elif backend == "aot_eager":
+            made = CompiledPiece(aot_eager.compile_piece(piece), backend, "off", "backend=aot_eager", 0.0)
+        else:
+            made = self._with_inductor(piece, region)
+        return replace(made, seconds=time.perf_counter() - started)
+
+    def _with_inductor(self, piece: Piece, region: Region | None) -> CompiledPiece:
+        options = {**self.target.compiler_options(), **self.config.inductor_compile_config}
+        key = piece_key(piece, region, self.target, options)
+        if isinstance(key, Unkeyable):
+            return self._fresh(piece, None, options, f"can't be stored: {key.reason}")
+        if self.store is None:
+            return self._fresh(piece, key, options, "the compile cache is off")
+        with self.store.lock(key.digest):
+            hit = self._load(piece, key)
+            if hit is not None:
+                counters.add("store_hits")
+                return hit
+            counters.add("store_misses")
+            return self._fresh(piece, key, options, "no artifact has this key")
+
+    def _load(self, piece: Piece, key: Key) -> CompiledPiece | None:
+        assert self.store is not None
+        stored = self.store.read(key.digest)
+        if stored is None:
+            return None
+        manifest = stored.manifest
+        shape_env, sizes = piece.fake_mode.shape_env, shapes.backed_inputs(piece.fake_inputs)
+        if manifest.guards is not None and not shapes.holds(shape_env, manifest.guards, sizes):
+            return None
+        try:
+            call = inductor.load_artifact(stored.files, manifest.aliases, self.target)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with stored code, compiling anew mends it
+            self.store.quarantine(key.digest, f"it can't be loaded: {type(error).__name__}: {error}")
+            return None
+        trace_text(f"piece_{piece.index}_output_code", lambda: stored.files[inductor.WRAPPER].read_text())
+        return CompiledPiece(
+            call=call,
+            backend="inductor",
+            store="hit",
+            why=f"same graph, options and machine as on {manifest.created}",
+            seconds=0.0,
+            key=key.digest,
+            constraints=manifest.constraints,
+        )
+
+    def _fresh(self, piece: Piece, key: Key | None, options: dict[str, Any], why: str) -> CompiledPiece:
+        made = inductor.compile_artifact(piece, key, self.target, options)
+        shape_env = piece.fake_mode.shape_env
+        constraints = self.check_sizes(shapes.conditions(shape_env))
+        digest = None if key is None else key.digest
+        if isinstance(made, inductor.InProcess):
+            why = f"can't be stored: {made.reason}"
+            return CompiledPiece(made.call, "inductor", "off", why, 0.0, digest, constraints)
+        artifact = replace(
+            made,
+            constraints=constraints,
+            guards=shapes.guards_expression(shape_env, shapes.backed_inputs(piece.fake_inputs)),
+        )
+        trace_text(f"piece_{piece.index}_output_code", lambda: artifact.files[inductor.WRAPPER].decode())
+        call, stored = self._write_and_load(artifact, key)
+        return CompiledPiece(call, "inductor", "miss" if stored else "off", why, 0.0, digest, constraints)
+
+    def _write_and_load(self, artifact: Artifact, key: Key | None) -> tuple[PieceCallable, bool]:
+        if self.store is not None and key is not None:
+            try:
+                files = self.store.write(artifact).files
+                return inductor.load_artifact(files, artifact.aliases, self.target), True
+            except OSError as error:
+                log.warning("the artifact couldn't be kept in %s: %s", self.store.root, error)
+        with tempfile.TemporaryDirectory(prefix="onegraph-artifact-") as folder:
+            files = {name: Path(folder) / name for name in artifact.files}
+            for name, contents in artifact.files.items():
+                files[name].write_bytes(contents)
+            return inductor.load_artifact(files, artifact.aliases, self.target), False

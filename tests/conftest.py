@@ -1,0 +1,37 @@
+"""What all tests share: a compile cache of their own, and no network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def session_cache_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One compile cache for the whole run, so that tests that don't care about it share artifacts."""
+    root = tmp_path_factory.mktemp("cache")
+    root.chmod(0o700)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def onegraph_environment(session_cache_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No ONEGRAPH_ variable of the developer's reaches a test; the cache is the session's."""
+    for name in list(os.environ):
+        if name.startswith("ONEGRAPH_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("ONEGRAPH_CACHE_ROOT", str(session_cache_root))
+    yield
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty compile cache for one test."""
+    root = tmp_path / "cache"
+    monkeypatch.setenv("ONEGRAPH_CACHE_ROOT", str(root))
+    return root

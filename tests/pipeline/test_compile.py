@@ -1,0 +1,544 @@
+"""onegraph.compile from outside: results, effects, sizes, checks. Real Inductor unless a test says otherwise."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+from transformers.modeling_outputs import BaseModelOutput
+
+import onegraph
+from onegraph.counters import counters
+from onegraph.errors import (
+    CaptureError,
+    ConfigError,
+    ConstraintError,
+    InputContractError,
+    ShapeOutOfRangeError,
+)
+
+NUM_TOKENS = Dim("num_tokens", min=1, max=64)
+X = {"x": {0: NUM_TOKENS}}
+BACKENDS = ["eager", "aot_eager", "inductor"]
+
+
+class Tower(nn.Module):
+    """A few layers, a buffer that counts, an optional cache that is written in place, a structured result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+        self.register_buffer("calls", torch.zeros(1))
+        self.calls: torch.Tensor
+
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, caches: Any = None, *, scale: float = 2.0
+    ) -> Any:
+        hidden = x
+        for layer in self.layers:
+            hidden = layer(hidden)
+        hidden = hidden + positions[:, None]
+        self.calls.add_(1)
+        if caches is not None:
+            caches[0].add_(hidden.sum(0))
+        return {"scaled": hidden * scale, "pair": (hidden.sum(), None), "same": x, "flat": x.view(-1)}
+
+
+def tower_inputs(size: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randn(size, 8, generator=generator)
+    return x, torch.arange(size, dtype=torch.float32), [torch.zeros(8)]
+
+
+def compiled_tower(backend: str) -> tuple[Any, Tower]:
+    torch.manual_seed(0)
+    module = Tower()
+    reference = copy.deepcopy(module)
+    shapes = {"x": {0: NUM_TOKENS}, "positions": (NUM_TOKENS,)}
+    return onegraph.compile(module, dynamic_shapes=shapes, config={"backend": backend}), reference
+
+
+@pytest.mark.parametrize("first", [1, 5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_and_effects_are_the_modules_own_at_every_size(backend: str, first: int) -> None:
+    compiled, reference = compiled_tower(backend)
+    for size in (first, 1, 2, 7, 64):
+        x, positions, caches = tower_inputs(size)
+        expected_caches = [torch.zeros(8)]
+        out = compiled(x, positions, caches)
+        expected = reference(x, positions, expected_caches)
+        assert list(out) == list(expected)
+        torch.testing.assert_close(out["scaled"], expected["scaled"].detach())
+        torch.testing.assert_close(out["pair"][0], expected["pair"][0].detach(), rtol=1e-4, atol=1e-4)
+        assert type(out["pair"]) is tuple and out["pair"][1] is None
+        assert out["same"] is x
+        assert out["flat"].data_ptr() == x.data_ptr() and out["flat"].shape == (size * 8,)
+        torch.testing.assert_close(caches[0], expected_caches[0].detach(), rtol=1e-4, atol=1e-4)
+        assert torch.equal(compiled.original.calls, reference.calls)
+
+
+def test_nothing_is_traced_after_the_first_call() -> None:
+    compiled, _ = compiled_tower("eager")
+    compiled(*tower_inputs(5))
+    with (
+        counters.expect(dynamo_compiles=0, graphs_captured=0),
+        torch.compiler.set_stance("fail_on_recompile"),
+    ):
+        for size in (1, 2, 3, 64):
+            compiled(*tower_inputs(size))
+
+
+@pytest.mark.parametrize(
+    ("backend", "inductor", "aot"), [("eager", 0, 0), ("aot_eager", 0, 1), ("inductor", 1, 0)]
+)
+def test_each_backend_compiles_what_it_says(backend: str, inductor: int, aot: int, fresh_cache: Any) -> None:
+    compiled, _ = compiled_tower(backend)
+    with counters.expect(graphs_captured=1, inductor_compiles=inductor, aot_compiles=aot):
+        compiled(*tower_inputs(3))
+
+
+def test_mode_none_runs_the_module_itself() -> None:
+    module = Tower()
+    compiled = onegraph.compile(module, config={"mode": "NONE"})
+    with counters.expect(dynamo_compiles=0, graphs_captured=0, inductor_compiles=0):
+        out = compiled(*tower_inputs(3))
+    assert out["scaled"].requires_grad, "the module itself gives outputs with gradients"
+
+
+def test_mode_stock_is_torch_compile_with_its_guards() -> None:
+    compiled = onegraph.compile(
+        lambda x: x * 2 if x.shape[0] % 2 else x * 3, config={"mode": "STOCK_TORCH_COMPILE"}
+    )
+    with counters.expect(graphs_captured=0):
+        assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))
+        assert torch.equal(compiled(torch.ones(4)), torch.full((4,), 3.0))
+
+
+def test_mode_trace_once_captures_one_graph(fresh_cache: Any) -> None:
+    module, shapes = Tower(), {"x": {0: NUM_TOKENS}, "positions": {0: NUM_TOKENS}}
+    compiled = onegraph.compile(module, dynamic_shapes=shapes, config={"mode": "DYNAMO_TRACE_ONCE"})
+    with counters.expect(graphs_captured=1, inductor_compiles=1):
+        compiled(*tower_inputs(3))
+    assert len(compiled.explain().to_dict()["pieces"]) == 1
+
+
+@pytest.mark.parametrize("size", [0, 65])
+def test_a_size_outside_the_declared_range_is_an_error_that_names_it(size: int) -> None:
+    compiled = onegraph.compile(lambda x: x + 1, dynamic_shapes=X, config={"backend": "eager"})
+    compiled(torch.zeros(3, 2))
+    with pytest.raises(ShapeOutOfRangeError, match=rf"x has size {size} at dim 0.*num_tokens = 1\.\.64"):
+        compiled(torch.zeros(size, 2))
+
+
+BROKEN_CALLS = {
+    "dtype": (lambda x, p, c: (x.double(), p, c), r"x broke the input contract: its dtype was torch.float32"),
+    "rank": (lambda x, p, c: (x[None], p, c), r"its rank was 2"),
+    "static size": (lambda x, p, c: (x[:, :7].contiguous(), p, c), r"its size of dim 1 was 8"),
+    "strides": (lambda x, p, c: (torch.zeros(8, x.shape[0]).t(), p, c), r"its strides"),
+    "two sizes of one dim": (lambda x, p, c: (x, p[:-1], c), r"num_tokens, as in x\[0\]"),
+    "structure": (lambda x, p, c: (x, p, None), r"caches broke the input contract: its type was list"),
+    "length": (lambda x, p, c: (x, p, c + c), r"its length was 1"),
+    "not a tensor": (lambda x, p, c: (3, p, c), r"its type was Tensor"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_CALLS)
+def test_a_call_of_another_kind_is_an_error_not_a_read(case: str) -> None:
+    compiled, _ = compiled_tower("eager")
+    x, positions, caches = tower_inputs(5)
+    compiled(x, positions, caches)
+    change, message = BROKEN_CALLS[case]
+    with pytest.raises(InputContractError, match=message):
+        compiled(*change(x, positions, caches))
+
+
+def test_another_constant_is_an_error() -> None:
+    compiled, _ = compiled_tower("eager")
+    compiled(*tower_inputs(5))
+    with pytest.raises(InputContractError, match="scale.*its value was 2.0"):
+        compiled(*tower_inputs(5), scale=3.0)
+
+
+def test_misaligned_data_is_an_error() -> None:
+    compiled = onegraph.compile(lambda x: x + 1, dynamic_shapes=X, config={"backend": "eager"})
+    compiled(torch.zeros(3))
+    raw = torch.zeros(64, dtype=torch.uint8)
+    misaligned = torch.frombuffer(raw.numpy(), dtype=torch.float32, offset=1, count=4)
+    with pytest.raises(InputContractError, match="alignment"):
+        compiled(misaligned)
+
+
+def test_a_needed_gradient_is_a_config_error() -> None:
+    compiled = onegraph.compile(lambda x: x * 2, dynamic_shapes=X, config={"backend": "eager"})
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(ConfigError, match="inference only"):
+        compiled(x)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), torch.full((3,), 2.0))
+
+
+@dataclass
+class Batch:
+    ids: torch.Tensor
+    note: str
+
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+def test_nested_inputs_carry_dynamic_dims() -> None:
+    def model(batch: Batch, pair: Pair, extra: dict[str, Any], *more: Any, flag: bool, **rest: Any) -> Any:
+        total = batch.ids + pair.left + extra["a"][0] + more[0] + rest["tail"]
+        return BaseModelOutput(last_hidden_state=total if flag else pair.right)
+
+    def call(size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = torch.arange(size, dtype=torch.float32)
+        args = (Batch(x, "n"), Pair(x, torch.zeros(2)), {"a": [x]}, x)
+        return args, {"flag": True, "tail": x}
+
+    shapes = {
+        "batch": {"ids": {0: NUM_TOKENS}},
+        "pair": ({0: NUM_TOKENS}, None),
+        "extra": {"a": [{0: NUM_TOKENS}]},
+        "more": ({0: NUM_TOKENS},),
+        "tail": {0: NUM_TOKENS},
+    }
+    compiled = onegraph.compile(model, dynamic_shapes=shapes, config={"backend": "eager"})
+    for size in (4, 1, 64):
+        args, kwargs = call(size)
+        out = compiled(*args, **kwargs)
+        assert type(out) is BaseModelOutput
+        assert torch.equal(out.last_hidden_state, 5 * torch.arange(size, dtype=torch.float32))
+    args, kwargs = call(4)
+    with pytest.raises(InputContractError, match=r"tail"):
+        compiled(*args, **{**kwargs, "tail": torch.zeros(5)})
+
+
+def test_two_dims_are_kept_apart() -> None:
+    rows, columns = Dim("rows", min=1, max=16), Dim("columns", min=1, max=16)
+    compiled = onegraph.compile(
+        lambda a, b: a @ b,
+        dynamic_shapes={"a": {0: rows, 1: columns}, "b": {0: columns, 1: rows}},
+        config={"backend": "inductor"},
+    )
+    for n, m in ((3, 4), (1, 7), (16, 1), (5, 5)):
+        a, b = torch.randn(n, m), torch.randn(m, n)
+        torch.testing.assert_close(compiled(a, b), a @ b)
+    with pytest.raises(InputContractError, match="columns"):
+        compiled(torch.zeros(3, 4), torch.zeros(5, 3))
+
+
+def branch(x: torch.Tensor) -> torch.Tensor:
+    if x.shape[0] % 16 == 0:
+        return x * 2
+    return x + 1
+
+
+def table(x: torch.Tensor) -> torch.Tensor:
+    return x * [1.0, 2.0, 3.0][x.shape[0]]
+
+
+def divisible(x: torch.Tensor) -> torch.Tensor:
+    return x.view(-1, 4, 4).sum(1)
+
+
+def specialised(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.zeros(7, 8)
+
+
+def checked(x: torch.Tensor) -> torch.Tensor:
+    torch._check(x.shape[0] < 40)
+    return x + 1
+
+
+@pytest.mark.parametrize(
+    ("model", "condition"),
+    [
+        (branch, r"num_tokens % 16 == 0"),
+        (table, r"num_tokens"),
+        (divisible, r"% 16 == 0"),
+        (specialised, r"num_tokens == 7"),
+        (checked, r"num_tokens < 40"),
+    ],
+)
+def test_a_model_that_narrows_its_range_is_a_constraint_error(model: Any, condition: str) -> None:
+    compiled = onegraph.compile(model, dynamic_shapes=X, config={"backend": "eager"})
+    with pytest.raises(ConstraintError, match=condition) as caught:
+        compiled(torch.zeros(7, 8))
+    assert caught.value.constraints
+
+
+def test_a_branch_error_quotes_the_users_line() -> None:
+    compiled = onegraph.compile(branch, dynamic_shapes=X, config={"backend": "eager"})
+    with pytest.raises(ConstraintError, match=r"test_compile\.py:\d+: if x\.shape\[0\] % 16 == 0:"):
+        compiled(torch.zeros(7, 8))
+
+
+def test_what_inductor_assumes_is_judged_too() -> None:
+    """A bound that only a piece's compile adds must be found: here by a range that it can't satisfy."""
+    from onegraph.capture.constraints import judge, refuse_narrowing
+    from onegraph.ir.dims import DynamicDim
+    from onegraph.torch_compat.shapes import RawCondition
+    import sympy
+
+    symbol = sympy.Symbol("u0", integer=True)
+    dims = (DynamicDim("num_tokens", 1, 8192, ("x[0]",)),)
+    entries = judge(
+        [RawCondition(symbol <= 4096, None, "lowering.py:1")], dims, {"u0": "num_tokens"}, "compile"
+    )
+    assert [(e.expr, e.effect) for e in entries] == [("num_tokens <= 4096", "narrows")]
+    with pytest.raises(ConstraintError, match="num_tokens <= 4096"):
+        refuse_narrowing(entries, dims)
+
+
+def test_a_condition_that_always_holds_is_proven() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[0] < 65 else x
+
+    compiled = onegraph.compile(model, dynamic_shapes=X, config={"backend": "eager"})
+    assert torch.equal(compiled(torch.ones(64)), torch.full((64,), 2.0))
+
+
+def test_a_graph_break_names_the_users_line_and_torchs_hint() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        print("tracing")
+        return x + 1
+
+    compiled = onegraph.compile(model, dynamic_shapes=X)
+    with pytest.raises(CaptureError) as caught:
+        compiled(torch.zeros(3))
+    text = str(caught.value)
+    assert "print" in text and "test_compile.py:" in text and 'print("tracing")' in text and "\n" in text
+
+
+def test_a_failed_build_leaves_the_model_usable_for_another_try() -> None:
+    compiled = onegraph.compile(branch, dynamic_shapes=X, config={"backend": "eager"})
+    for _ in range(2):
+        with pytest.raises(ConstraintError):
+            compiled(torch.zeros(7, 8))
+
+
+def test_assigning_a_global_is_refused() -> None:
+    namespace: dict[str, Any] = {}
+    exec("def model(x):\n    global counter\n    counter = 3\n    return x + 1\n", namespace)
+    with pytest.raises(CaptureError, match="counter"):
+        onegraph.compile(namespace["model"], dynamic_shapes=X)(torch.zeros(3))
+
+
+def test_a_replaced_weight_is_used_and_a_wrong_one_refused() -> None:
+    module = nn.Linear(4, 4, bias=False)
+    compiled = onegraph.compile(
+        module, dynamic_shapes={"input": {0: NUM_TOKENS}}, config={"backend": "inductor"}
+    )
+    x = torch.randn(3, 4)
+    compiled(x)
+    module.weight = nn.Parameter(torch.eye(4) * 3)
+    torch.testing.assert_close(compiled(x), x * 3)
+    module.load_state_dict({"weight": torch.eye(4)})
+    torch.testing.assert_close(compiled(x), x)
+    module.weight = nn.Parameter(torch.eye(4, dtype=torch.float64))
+    with pytest.raises(InputContractError, match="weight was replaced"):
+        compiled(x)
+
+
+def test_a_reassigned_buffer_is_read_anew_on_each_call() -> None:
+    class Running(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.total = self.total + x.sum(0)
+            return self.total * 1
+
+    module = Running()
+    compiled = onegraph.compile(module, dynamic_shapes=X, config={"backend": "inductor"})
+    for step in range(1, 4):
+        assert torch.equal(compiled(torch.ones(step, 4)), module.total)
+    assert torch.equal(module.total, torch.full((4,), 6.0))
+
+
+def test_closure_tensors_of_functions_are_inputs() -> None:
+    table_ = torch.arange(4.0)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x + table_
+
+    compiled = onegraph.compile(model, dynamic_shapes=X, config={"backend": "inductor"})
+    assert torch.equal(compiled(torch.zeros(2, 4))[0], table_)
+    table_.mul_(2)
+    assert torch.equal(compiled(torch.zeros(2, 4))[0], table_)
+
+
+def test_methods_hooks_and_tied_weights() -> None:
+    module = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    module[1].weight = module[0].weight
+    module.register_forward_hook(lambda m, args, out: out + 1)
+    compiled = onegraph.compile(
+        module, dynamic_shapes={"input": {0: NUM_TOKENS}}, config={"backend": "eager"}
+    )
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(compiled(x), module(x).detach())
+    method = onegraph.compile(
+        module[0].forward, dynamic_shapes={"input": {0: NUM_TOKENS}}, config={"backend": "eager"}
+    )
+    torch.testing.assert_close(method(x), module[0](x).detach())
+
+
+def test_a_tensor_given_twice_stays_one() -> None:
+    def model(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        a.add_(1)
+        return a + b
+
+    compiled = onegraph.compile(model, dynamic_shapes={"a": {0: NUM_TOKENS}, "b": {0: NUM_TOKENS}})
+    x = torch.zeros(3)
+    assert torch.equal(compiled(x, x), torch.full((3,), 2.0))
+
+
+def test_outputs_that_alias_each_other_are_right() -> None:
+    def model(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = x * 2
+        return y, y.view(-1)
+
+    compiled = onegraph.compile(model, dynamic_shapes=X, config={"backend": "inductor"})
+    y, flat = compiled(torch.ones(3, 2))
+    y.add_(1)
+    assert torch.equal(flat, torch.full((6,), 3.0)), "the view shares memory with its base, as in eager"
+
+
+def test_warm_up_compiles_without_running_the_module() -> None:
+    compiled, _ = compiled_tower("inductor")
+    x, positions, caches = tower_inputs(3)
+    compiled.warm_up({"x": x, "positions": positions, "caches": caches})
+    assert compiled.original.calls.item() == 0 and caches[0].abs().sum() == 0
+    with counters.expect(dynamo_compiles=0, inductor_compiles=0):
+        compiled(*tower_inputs(9))
+
+
+def test_the_callers_tensors_are_not_marked() -> None:
+    x = torch.zeros(3)
+    onegraph.compile(lambda x: x + 1, dynamic_shapes=X, config={"backend": "eager"})(x)
+    assert not [name for name in vars(x) if "dynamo" in name]
+
+
+def test_instances_and_threads_live_side_by_side() -> None:
+    modules = [nn.Linear(4, 4) for _ in range(4)]
+    compiled = [onegraph.compile(m, dynamic_shapes={"input": {0: NUM_TOKENS}}) for m in modules]
+    errors: list[BaseException] = []
+
+    def work(index: int) -> None:
+        try:
+            for size in (3, 1, 64):
+                x = torch.randn(size, 4)
+                torch.testing.assert_close(compiled[index](x), modules[index](x).detach())
+        except BaseException as error:  # noqa: BLE001 - handed to the test's thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(index % 4,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_a_compiled_model_can_be_freed() -> None:
+    module = nn.Linear(4, 4)
+    compiled = onegraph.compile(
+        module, dynamic_shapes={"input": {0: NUM_TOKENS}}, config={"backend": "inductor"}
+    )
+    compiled(torch.zeros(3, 4))
+    gone = weakref.ref(module)
+    del module, compiled
+    gc.collect()
+    assert gone() is None
+
+
+def test_inference_mode_and_dynamic_dims_without_names() -> None:
+    compiled = onegraph.compile(
+        lambda x: x.relu(),
+        dynamic_shapes={"x": {0: Dim.DYNAMIC, 1: Dim.STATIC}},
+        config={"max_num_tokens": 16},
+    )
+    with torch.inference_mode():
+        assert torch.equal(compiled(torch.ones(3, 2)), torch.ones(3, 2))
+        assert compiled(torch.ones(16, 2)).shape == (16, 2)
+        with pytest.raises(ShapeOutOfRangeError, match=r"0\.\.16"):
+            compiled(torch.ones(17, 2))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"y": {0: NUM_TOKENS}}, "'y', which is no argument"),
+        ({"x": {5: NUM_TOKENS}}, "names dim 5 of x"),
+        ({"x": {0: 2 * NUM_TOKENS}}, "derived"),
+        ({"x": {0: "num_tokens"}}, "no Dim"),
+        ({"x": {"a": NUM_TOKENS}}, "dims are numbered"),
+        ({"x": NUM_TOKENS}, "for the tensor x"),
+        ("x", "not a dict"),
+    ],
+)
+def test_dynamic_shapes_that_dont_fit_are_config_errors(shapes: Any, message: str) -> None:
+    compiled = onegraph.compile(lambda x: x + 1, dynamic_shapes=shapes, config={"backend": "eager"})
+    with pytest.raises(ConfigError, match=message):
+        compiled(torch.zeros(3, 2))
+
+
+def test_one_name_with_two_ranges_is_refused() -> None:
+    shapes = {"a": {0: Dim("n", max=4)}, "b": {0: Dim("n", max=8)}}
+    with pytest.raises(ConfigError, match="n is declared as"):
+        onegraph.compile(lambda a, b: a + b, dynamic_shapes=shapes)(torch.zeros(3), torch.zeros(3))
+
+
+def test_eager_pieces_runs_the_piece_uncompiled() -> None:
+    compiled = onegraph.compile(lambda x: x + 1, dynamic_shapes=X, config={"eager_pieces": [0]})
+    with counters.expect(graphs_captured=1, inductor_compiles=0):
+        compiled(torch.zeros(3))
+    piece = compiled.explain().to_dict()["pieces"][0]
+    assert piece["backend"] == "eager" and "eager_pieces" in piece["ranges"][0]["why"]
+
+
+def test_inductor_options_reach_inductor_and_the_key(fresh_cache: Any) -> None:
+    keys = set()
+    for options in ({}, {"size_asserts": False}):
+        compiled = onegraph.compile(
+            lambda x: x + 1, dynamic_shapes=X, config={"inductor_compile_config": options}
+        )
+        with counters.expect(inductor_compiles=1):
+            compiled(torch.zeros(3))
+        keys.add(compiled.explain().to_dict()["pieces"][0]["ranges"][0]["key"])
+    assert len(keys) == 2
+
+
+def test_an_inductor_option_that_doesnt_exist_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="max_autotune"):
+        onegraph.compile(lambda x: x + 1, config={"inductor_compile_config": {"max_autotunes": True}})
+
+
+def test_explain_before_and_after() -> None:
+    compiled, _ = compiled_tower("inductor")
+    before = compiled.explain().to_dict()
+    assert before["pieces"] == [] and before["config"]["backend"]["value"] == "inductor"
+    compiled(*tower_inputs(3))
+    facts = compiled.explain().to_dict()
+    assert [stage["name"] for stage in facts["stages"]] == ["capture", "split", "compile or load", "bind"]
+    assert facts["dims"] == [{"name": "num_tokens", "min": 1, "max": 64, "inputs": ["x[0]", "positions[0]"]}]
+    assert facts["pieces"][0]["ranges"][0]["store"] in ("hit", "miss")
+    assert facts["ledger"]["inputs"] and facts["ledger"]["state"]
+    assert "num_tokens = 1..64" in str(compiled.explain())
+
+
+def test_copying_a_compiled_model_says_what_to_do() -> None:
+    compiled, _ = compiled_tower("eager")
+    with pytest.raises(ConfigError, match="can't be pickled"):
+        copy.deepcopy(compiled)

@@ -1,0 +1,134 @@
+"""The other ways in: the torch.compile backend and the class decorator."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import onegraph
+from onegraph.counters import counters
+from onegraph.errors import ConfigError
+
+NUM_TOKENS = Dim("num_tokens", min=1, max=64)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def test_the_torch_compile_backend_keeps_dynamos_guards_and_stores(fresh_cache: Any) -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x.sin() * 2 if x.shape[0] % 2 else x.cos() * 3
+
+    with torch.no_grad():
+        stock = torch.compile(model, backend="onegraph", dynamic=True)
+        with counters.expect(inductor_compiles=2, store_writes=2, graphs_captured=0):
+            for size in (4, 5, 6, 7):
+                x = torch.randn(size, 3)
+                torch.testing.assert_close(stock(x), model(x))
+        torch._dynamo.reset()
+        with counters.expect(inductor_compiles=0, store_hits=2):
+            again = torch.compile(model, backend="onegraph", dynamic=True)
+            for size in (4, 5, 6, 7):
+                x = torch.randn(size, 3)
+                torch.testing.assert_close(again(x), model(x))
+
+
+def test_guards_that_inductor_adds_hold_on_a_warm_start_too(fresh_cache: Any) -> None:
+    """Whatever compiling assumes about a size must recompile a call that breaks it, also after a store hit."""
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x.view(-1, 4, 2).sum(1).sort(0)[0]
+
+    for _ in range(2):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            compiled = torch.compile(model, backend="onegraph", dynamic=True)
+            for size in (8, 16, 40000):
+                x = torch.randn(size, 2)
+                torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_the_backend_takes_options_and_graph_breaks() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        torch._dynamo.graph_break()
+        return y * 2
+
+    with torch.no_grad(), counters.expect(inductor_compiles=0):
+        compiled = torch.compile(model, backend="onegraph", options={"backend": "eager"})
+        assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 4.0))
+    with pytest.raises(Exception, match="backendd"), torch.no_grad():
+        torch.compile(model, backend="onegraph", options={"backendd": "eager"})(torch.ones(5))
+
+
+def test_the_backend_refuses_gradients() -> None:
+    compiled = torch.compile(nn.Linear(3, 3), backend="onegraph")
+    with pytest.raises(Exception, match="needs gradients"):
+        compiled(torch.ones(2, 3))
+
+
+@onegraph.support_torch_compile(dynamic_shapes={"x": {0: NUM_TOKENS}}, config={"backend": "eager"})
+class Decorated(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.factor
+
+
+def test_a_decorated_class_compiles_each_instance() -> None:
+    first, second = Decorated(2.0), Decorated(3.0)
+    with torch.no_grad():
+        expected = [m.linear(torch.ones(3, 4)) * m.factor for m in (first, second)]
+    with counters.expect(graphs_captured=2):
+        for module, value in zip((first, second), expected, strict=True):
+            torch.testing.assert_close(module(torch.ones(3, 4)), value)
+    with counters.expect(graphs_captured=0):
+        assert first(torch.ones(64, 4)).shape == (64, 4)
+    assert first.onegraph_compiled.explain().to_dict()["dims"][0]["name"] == "num_tokens"
+
+
+def test_a_decorated_instance_can_be_warmed_up_copied_and_pickled() -> None:
+    module = Decorated(2.0)
+    module.onegraph_compiled.warm_up({"x": torch.ones(3, 4)})
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        torch.testing.assert_close(other(torch.ones(2, 4)), module(torch.ones(2, 4)))
+
+
+def test_a_decorated_module_inside_another_compile_is_traced_through() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Decorated(2.0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) + 1
+
+    outer = Outer()
+    compiled = onegraph.compile(outer, dynamic_shapes={"x": {0: NUM_TOKENS}}, config={"backend": "eager"})
+    with counters.expect(graphs_captured=1), torch.no_grad():
+        torch.testing.assert_close(compiled(torch.ones(3, 4)), outer.inner.linear(torch.ones(3, 4)) * 2 + 1)
+
+
+def test_hooks_run_around_a_decorated_forward() -> None:
+    module = Decorated(2.0)
+    seen = []
+    module.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    module(torch.ones(3, 4))
+    module(torch.ones(4, 4))
+    assert seen == [(3, 4), (4, 4)]
+
+
+def test_only_module_classes_can_be_decorated() -> None:
+    with pytest.raises(ConfigError, match="nn.Module"):
+        onegraph.support_torch_compile()(dict)  # type: ignore[type-var]
