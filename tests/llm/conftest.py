@@ -14,7 +14,7 @@ from onegraph import LLM
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """The matrices are too small to share, and threads that wait for each other are slow on a busy machine."""
+    """The matrices are too small to share, and threads that wait for others crawl on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

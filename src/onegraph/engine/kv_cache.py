@@ -31,7 +31,7 @@ class LayerKV:
 
     def num_bytes(self, num_tokens: int) -> int:
         """Bytes of keys and values together."""
-        return 2 * num_tokens * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * num_tokens * self.num_kv_heads * self.head_dim * int(self.dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True)

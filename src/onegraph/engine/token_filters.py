@@ -1,8 +1,8 @@
 """min_p, top_k and top_p over rows of logits.
 
 Takes: logits [Q, V], already divided by the temperature, and settings [Q, 1]. Gives: logits with -inf for the
-tokens that may not be drawn. Tokens whose logits equal the last kept one are kept too, so that the result depends
-on values alone, never on the order in which a sort leaves equal ones. The likeliest token is always kept.
+tokens that may not be drawn. Tokens whose logits equal the last kept one are kept too, so that the result
+depends on values alone, never on the order in which a sort leaves equal ones. The likeliest token is kept.
 """
 
 import torch
@@ -16,7 +16,7 @@ _FIRST_SORTED = (
 def keep_likeliest(
     logits: Tensor, *, min_p: Tensor | None, top_k: Tensor | None, top_p: Tensor | None
 ) -> Tensor:
-    """min_p, then top_k, then top_p over what is left; None switches one off. `top_k` is int64, V where off."""
+    """min_p, then top_k, then top_p over what is left; None is off. `top_k` is int64, V where off."""
     if min_p is not None:
         # p >= min_p * p_max, in logits
         logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + min_p.log(), -torch.inf)
@@ -46,7 +46,7 @@ def _least_kept_by_top_p(logits: Tensor, top_k: Tensor | None, top_p: Tensor) ->
 
 
 def _cut_by_top_p(best: Tensor, logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """From the largest logits, descending: the least kept one [Q, 1], and whether it is known to be it [Q]."""
+    """From the largest logits, descending: the least kept one [Q, 1], and whether it is surely it [Q]."""
     num_sorted, vocab_size = best.shape[1], logits.shape[1]
     within_k = torch.arange(num_sorted) < top_k
     total = torch.where(

@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
-
 from fake_model import VOCAB, Letters, drain, expected_tokens, letters, make_engine, row_logits
+
 from onegraph.engine.sampling_params import SamplingParams
 from onegraph.errors import ConfigError
 

@@ -202,7 +202,7 @@ def test_ties_are_kept_whatever_the_batch_mates_ask():
 
 @pytest.mark.parametrize("flatness", [0.01, 3.0])
 def test_top_p_over_a_large_vocabulary(flatness: float):
-    """Flat rows keep more tokens than are sorted at first, peaked rows fewer; beside each other, and top_k rows."""
+    """Flat rows keep more tokens than are sorted at first, peaked rows fewer; with top_k rows beside."""
     logits = torch.randn(4, 6000, generator=torch.Generator().manual_seed(0)).double() * torch.tensor(
         [[flatness], [0.01], [3.0], [0.5]]
     )
