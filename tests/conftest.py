@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,12 @@ def session_cache_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def onegraph_environment(session_cache_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def onegraph_environment(session_cache_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No ONEGRAPH_ variable of the developer's reaches a test; the cache is the session's."""
     for name in list(os.environ):
         if name.startswith("ONEGRAPH_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("ONEGRAPH_CACHE_ROOT", str(session_cache_root))
-    yield
 
 
 @pytest.fixture

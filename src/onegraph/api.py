@@ -19,7 +19,6 @@ from onegraph.config.compilation import CompilationConfig, CompilationMode
 from onegraph.config.resolve import ResolvedConfig, resolve
 from onegraph.env import environment
 from onegraph.errors import ArtifactError, ConfigError
-from onegraph.explanation import Explanation
 from onegraph.log import get_logger
 from onegraph.pipeline import Observer, build, empty_explanation
 from onegraph.store.store import Store
@@ -57,7 +56,7 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
         enforce_eager=enforce_eager,
     )
     _check_inductor_options(resolved)
-    title = name or getattr(module, "__qualname__", type(module).__name__)
+    title = str(name or getattr(module, "__qualname__", type(module).__name__))
 
     def build_entry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
         if resolved.mode is CompilationMode.NONE:
@@ -100,10 +99,10 @@ def device_type_of(module: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str,
     owner = getattr(module, "__self__", module)
     if isinstance(owner, torch.nn.Module):
         for tensor in (*owner.parameters(), *owner.buffers()):
-            return tensor.device.type
+            return str(tensor.device.type)
     for value in (*args, *(kwargs or {}).values()):
         if isinstance(value, torch.Tensor):
-            return value.device.type
+            return str(value.device.type)
     return "cpu"
 
 

@@ -24,9 +24,7 @@ def compile_dynamo_graph(
     graph_module: torch.fx.GraphModule, example_inputs: list[Any], config: ResolvedConfig, store: Store | None
 ) -> Callable[..., Any]:
     """A callable of the graph's inputs. Raises ConfigError if a gradient is needed, CompileError."""
-    if torch.is_grad_enabled() and any(
-        isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
-    ):
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         raise ConfigError(
             "torch.compile(backend='onegraph') is for inference, and this call needs gradients",
             hint="call under torch.no_grad() or torch.inference_mode()",

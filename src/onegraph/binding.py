@@ -49,9 +49,7 @@ def _facts(tensor: Any) -> tuple[Any, ...]:
     )
 
 
-def _check_replaced(
-    weights: tuple[WeightInput, ...], tensors: list[Any], facts: list[tuple[Any, ...]]
-) -> None:
+def _check_replaced(weights: tuple[WeightInput, ...], tensors: list[Any], facts: list[tuple[Any, ...]]) -> None:
     for weight, tensor, expected in zip(weights, tensors, facts, strict=True):
         if _facts(tensor) != expected:
             raise InputContractError(

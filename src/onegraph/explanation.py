@@ -47,7 +47,7 @@ class PieceExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `compiled.explain()` returns: `to_dict()` is what `onegraph explain --json` prints, `str()` is for people."""
+    """What `compiled.explain()` returns: `to_dict()` is what `onegraph explain --json` prints, `str()` for people."""
 
     model: str
     config: dict[str, dict[str, Any]]
@@ -79,9 +79,7 @@ class Explanation:
         }
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.model}: {self.start} start" if self.pieces else f"{self.model}: nothing compiled yet"
-        ]
+        lines = [f"{self.model}: {self.start} start" if self.pieces else f"{self.model}: nothing compiled yet"]
         if self.stages:
             lines.append("stages   " + "  ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages))
         for dim in self.dims:
@@ -95,9 +93,7 @@ class Explanation:
                 f"proven, {len(self.ledger.state)} facts of Python state recorded, not checked by this version"
             )
         for entry in self.ledger.shapes:
-            lines.append(
-                f"  {entry.effect}: {entry.expr}  ({entry.stage}, {entry.user or entry.framework or 'torch'})"
-            )
+            lines.append(f"  {entry.effect}: {entry.expr}  ({entry.stage}, {entry.user or entry.framework or 'torch'})")
         chosen = [(name, item) for name, item in self.config.items() if item["why"] != "default"]
         lines += [f"config   {name} = {item['value']}  ({item['why']})" for name, item in chosen]
         lines += [f"note     {note}" for note in self.notes]

@@ -40,9 +40,7 @@ class Tower(nn.Module):
         self.register_buffer("calls", torch.zeros(1))
         self.calls: torch.Tensor
 
-    def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, caches: Any = None, *, scale: float = 2.0
-    ) -> Any:
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, caches: Any = None, *, scale: float = 2.0) -> Any:
         hidden = x
         for layer in self.layers:
             hidden = layer(hidden)
@@ -97,9 +95,7 @@ def test_nothing_is_traced_after_the_first_call() -> None:
             compiled(*tower_inputs(size))
 
 
-@pytest.mark.parametrize(
-    ("backend", "inductor", "aot"), [("eager", 0, 0), ("aot_eager", 0, 1), ("inductor", 1, 0)]
-)
+@pytest.mark.parametrize(("backend", "inductor", "aot"), [("eager", 0, 0), ("aot_eager", 0, 1), ("inductor", 1, 0)])
 def test_each_backend_compiles_what_it_says(backend: str, inductor: int, aot: int, fresh_cache: Any) -> None:
     compiled, _ = compiled_tower(backend)
     with counters.expect(graphs_captured=1, inductor_compiles=inductor, aot_compiles=aot):
@@ -115,9 +111,7 @@ def test_mode_none_runs_the_module_itself() -> None:
 
 
 def test_mode_stock_is_torch_compile_with_its_guards() -> None:
-    compiled = onegraph.compile(
-        lambda x: x * 2 if x.shape[0] % 2 else x * 3, config={"mode": "STOCK_TORCH_COMPILE"}
-    )
+    compiled = onegraph.compile(lambda x: x * 2 if x.shape[0] % 2 else x * 3, config={"mode": "STOCK_TORCH_COMPILE"})
     with counters.expect(graphs_captured=0):
         assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))
         assert torch.equal(compiled(torch.ones(4)), torch.full((4,), 3.0))
@@ -285,16 +279,15 @@ def test_a_branch_error_quotes_the_users_line() -> None:
 
 def test_what_inductor_assumes_is_judged_too() -> None:
     """A bound that only a piece's compile adds must be found: here by a range that it can't satisfy."""
+    import sympy
+
     from onegraph.capture.constraints import judge, refuse_narrowing
     from onegraph.ir.dims import DynamicDim
     from onegraph.torch_compat.shapes import RawCondition
-    import sympy
 
     symbol = sympy.Symbol("u0", integer=True)
     dims = (DynamicDim("num_tokens", 1, 8192, ("x[0]",)),)
-    entries = judge(
-        [RawCondition(symbol <= 4096, None, "lowering.py:1")], dims, {"u0": "num_tokens"}, "compile"
-    )
+    entries = judge([RawCondition(symbol <= 4096, None, "lowering.py:1")], dims, {"u0": "num_tokens"}, "compile")
     assert [(e.expr, e.effect) for e in entries] == [("num_tokens <= 4096", "narrows")]
     with pytest.raises(ConstraintError, match="num_tokens <= 4096"):
         refuse_narrowing(entries, dims)
@@ -336,9 +329,7 @@ def test_assigning_a_global_is_refused() -> None:
 
 def test_a_replaced_weight_is_used_and_a_wrong_one_refused() -> None:
     module = nn.Linear(4, 4, bias=False)
-    compiled = onegraph.compile(
-        module, dynamic_shapes={"input": {0: NUM_TOKENS}}, config={"backend": "inductor"}
-    )
+    compiled = onegraph.compile(module, dynamic_shapes={"input": {0: NUM_TOKENS}}, config={"backend": "inductor"})
     x = torch.randn(3, 4)
     compiled(x)
     module.weight = nn.Parameter(torch.eye(4) * 3)
@@ -383,14 +374,10 @@ def test_methods_hooks_and_tied_weights() -> None:
     module = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     module[1].weight = module[0].weight
     module.register_forward_hook(lambda m, args, out: out + 1)
-    compiled = onegraph.compile(
-        module, dynamic_shapes={"input": {0: NUM_TOKENS}}, config={"backend": "eager"}
-    )
+    compiled = onegraph.compile(module, dynamic_shapes={"input": {0: NUM_TOKENS}}, config={"backend": "eager"})
     x = torch.randn(5, 4)
     torch.testing.assert_close(compiled(x), module(x).detach())
-    method = onegraph.compile(
-        module[0].forward, dynamic_shapes={"input": {0: NUM_TOKENS}}, config={"backend": "eager"}
-    )
+    method = onegraph.compile(module[0].forward, dynamic_shapes={"input": {0: NUM_TOKENS}}, config={"backend": "eager"})
     torch.testing.assert_close(method(x), module[0](x).detach())
 
 
@@ -440,7 +427,7 @@ def test_instances_and_threads_live_side_by_side() -> None:
             for size in (3, 1, 64):
                 x = torch.randn(size, 4)
                 torch.testing.assert_close(compiled[index](x), modules[index](x).detach())
-        except BaseException as error:  # noqa: BLE001 - handed to the test's thread
+        except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=work, args=(index % 4,)) for index in range(8)]
@@ -453,9 +440,7 @@ def test_instances_and_threads_live_side_by_side() -> None:
 
 def test_a_compiled_model_can_be_freed() -> None:
     module = nn.Linear(4, 4)
-    compiled = onegraph.compile(
-        module, dynamic_shapes={"input": {0: NUM_TOKENS}}, config={"backend": "inductor"}
-    )
+    compiled = onegraph.compile(module, dynamic_shapes={"input": {0: NUM_TOKENS}}, config={"backend": "inductor"})
     compiled(torch.zeros(3, 4))
     gone = weakref.ref(module)
     del module, compiled
@@ -511,9 +496,7 @@ def test_eager_pieces_runs_the_piece_uncompiled() -> None:
 def test_inductor_options_reach_inductor_and_the_key(fresh_cache: Any) -> None:
     keys = set()
     for options in ({}, {"size_asserts": False}):
-        compiled = onegraph.compile(
-            lambda x: x + 1, dynamic_shapes=X, config={"inductor_compile_config": options}
-        )
+        compiled = onegraph.compile(lambda x: x + 1, dynamic_shapes=X, config={"inductor_compile_config": options})
         with counters.expect(inductor_compiles=1):
             compiled(torch.zeros(3))
         keys.add(compiled.explain().to_dict()["pieces"][0]["ranges"][0]["key"])

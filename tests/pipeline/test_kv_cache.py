@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import onegraph.ops
 import pytest
 import torch
 from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import onegraph
-import onegraph.ops  # noqa: F401 - registers the ops
 
 NUM_TOKENS = Dim("num_tokens", min=1, max=16)
 NUM_BLOCKS, BLOCK_SIZE, HEADS, HEAD_SIZE = 512, 4, 2, 8
@@ -45,9 +45,7 @@ def inputs(size: int) -> dict[str, Any]:
         "query_start_loc": torch.tensor([0, size], dtype=torch.int32),
         "seq_lens": torch.tensor([size], dtype=torch.int32),
         "block_tables": torch.arange(1, 9, dtype=torch.int32)[None],
-        "kv_caches": [
-            tuple(torch.zeros(NUM_BLOCKS, BLOCK_SIZE, HEADS, HEAD_SIZE) for _ in range(2)) for _ in range(3)
-        ],
+        "kv_caches": [tuple(torch.zeros(NUM_BLOCKS, BLOCK_SIZE, HEADS, HEAD_SIZE) for _ in range(2)) for _ in range(3)],
     }
 
 
@@ -60,7 +58,8 @@ class LargestAllocation(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}  # fmt: skip
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        given = {leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, torch.Tensor)}
         for tensor in torch.utils._pytree.tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
                 self.elements = max(self.elements, tensor.numel())
@@ -77,9 +76,7 @@ def test_the_cache_is_written_in_place_and_never_copied(backend: str) -> None:
         addresses = [t.data_ptr() for pair in ours["kv_caches"] for t in pair]
         with LargestAllocation() as largest, torch.no_grad():
             out = compiled(**ours)
-        assert largest.elements < CACHE_ELEMENTS, (
-            f"something as large as a cache was allocated: {largest.elements}"
-        )
+        assert largest.elements < CACHE_ELEMENTS, f"something as large as a cache was allocated: {largest.elements}"
         torch.testing.assert_close(out, attention_layers(**reference), rtol=1e-4, atol=1e-4)
         assert addresses == [t.data_ptr() for pair in ours["kv_caches"] for t in pair]
         for (k, v), (expected_k, expected_v) in zip(ours["kv_caches"], reference["kv_caches"], strict=True):

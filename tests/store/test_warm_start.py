@@ -150,9 +150,7 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ONEGRAPH_")}
     environment["ONEGRAPH_CACHE_ROOT"] = str(root)
     running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, "{}"], env=environment, stdout=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, "-c", PROGRAM, "{}"], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
     outputs = [process.communicate(timeout=300)[0] for process in running]
@@ -161,9 +159,7 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     assert sorted(f["store"] for f in facts) == ["hit", "hit", "miss"]
 
 
-def test_an_artifact_that_cant_be_loaded_is_compiled_again(
-    cold: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_an_artifact_that_cant_be_loaded_is_compiled_again(cold: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Right checksums don't make a library loadable: here its contents are another file, consistently recorded."""
     import hashlib
 

@@ -114,9 +114,7 @@ def _captured_graph(
         ledger=Ledger(
             inputs=contract.entries,
             shapes=found,
-            state=tuple(
-                StateEntry(guard.name, guard.kind, user=guard.user) for guard in raw.guards if guard.name
-            ),
+            state=tuple(StateEntry(guard.name, guard.kind, user=guard.user) for guard in raw.guards if guard.name),
             sources=raw.traced_files,
         ),
         make_callable=make_callable,
@@ -139,9 +137,7 @@ def _symbols(inputs: CallInputs, fakes: dict[str, Any]) -> dict[str, str]:
 
 def _capture_error(error: BaseException, inputs: CallInputs) -> Exception:
     failure = dynamo.explain_failure(error)
-    frames = [f for f in failure.user_frames if not shapes.is_torch_file(f.filename)] or list(
-        failure.user_frames
-    )
+    frames = [f for f in failure.user_frames if not shapes.is_torch_file(f.filename)] or list(failure.user_frames)
     user = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
     quoted = source_line(user)
     where = f"{user}: {quoted}" if quoted else user
@@ -155,6 +151,4 @@ def _capture_error(error: BaseException, inputs: CallInputs) -> Exception:
             constraints=entries,
         )
     hint = "; ".join(failure.hints[:3]) or "see TORCH_LOGS=graph_breaks for torch's own words"
-    return CaptureError(
-        f"the module can't be captured as one graph: {failure.reason}", where=where, hint=hint
-    )
+    return CaptureError(f"the module can't be captured as one graph: {failure.reason}", where=where, hint=hint)

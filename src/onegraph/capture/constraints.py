@@ -55,9 +55,7 @@ def judge(
 
 
 def _is_declared_range(entry: ShapeEntry, dims: tuple[DynamicDim, ...]) -> bool:
-    declared = {
-        f"{dim.name} {op} {bound}" for dim in dims for op, bound in ((">=", dim.min), ("<=", dim.max))
-    }
+    declared = {f"{dim.name} {op} {bound}" for dim in dims for op, bound in ((">=", dim.min), ("<=", dim.max))}
     return entry.effect == "proven" and entry.expr in declared
 
 
@@ -98,7 +96,7 @@ def _python(expr: Any) -> str:
         left, right = expr.args
         if left.is_number and not right.is_number:
             flipped = expr.reversed
-            left, right, name = *flipped.args, type(flipped).__name__
+            left, right, name = flipped.args[0], flipped.args[1], type(flipped).__name__
         return f"{_python(left)} {relations[name]} {_python(right)}"
     binary = {"Mod": "%", "PythonMod": "%", "FloorDiv": "//", "CleanDiv": "//", "IntTrueDiv": "/"}
     if name in binary:
@@ -140,9 +138,7 @@ def refuse_narrowing(entries: Iterable[ShapeEntry], dims: tuple[DynamicDim, ...]
     )
 
 
-def data_dependent_constraint(
-    condition: Any, user: str | None, dims: tuple[DynamicDim, ...]
-) -> tuple[ShapeEntry, ...]:
+def data_dependent_constraint(condition: Any, user: str | None, dims: tuple[DynamicDim, ...]) -> tuple[ShapeEntry, ...]:
     """The entry for a condition that tracing had to decide and couldn't: it splits the declared range.
 
     Before a graph exists torch's symbols can't be told apart by argument; with one declared dim there is no

@@ -100,9 +100,7 @@ def _check_container(code: _Code, container: Container) -> None:
     )
     if container.kind is dict:
         keys = code.constant(list(container.keys))  # type: ignore[arg-type]
-        code.check(
-            f"list({container.code}) != {keys}", container.code, container.path, "keys", container.keys
-        )
+        code.check(f"list({container.code}) != {keys}", container.code, container.path, "keys", container.keys)
     elif isinstance(container.keys, int) and container.keys >= 0:
         code.check(
             f"len({container.code}) != {container.keys}",
@@ -128,9 +126,7 @@ def _check_constant(code: _Code, leaf: Leaf) -> None:
             leaf.value,
         )
     else:
-        code.check(
-            f"type({leaf.code}) is not {kind}", leaf.code, leaf.path, "type", type(leaf.value).__name__
-        )
+        code.check(f"type({leaf.code}) is not {kind}", leaf.code, leaf.path, "type", type(leaf.value).__name__)
 
 
 def _check_tensor(
@@ -167,9 +163,7 @@ def _check_dim(code: _Code, dim: DynamicDim, size: str, at: str, path: str, inde
             f"    if not {dim.min} <= {name} <= {dim.max}: _outside({code.constant(dim)}, {path!r}, {index}, {name})"
         )
     else:
-        code.check(
-            f"{size} != {known}", at, path, f"size of dim {index}", f"{dim.name}, as in {dim.inputs[0]}"
-        )
+        code.check(f"{size} != {known}", at, path, f"size of dim {index}", f"{dim.name}, as in {dim.inputs[0]}")
 
 
 def _check_layout(
@@ -226,9 +220,7 @@ def _signature_code(inputs: CallInputs, code: _Code) -> tuple[str, str]:
             parameters.append(f"{name}{default}")
             by_name = inputs.by_keyword or parameter.kind is parameter.KEYWORD_ONLY
             arguments.append(f"{name}={name}" if by_name else name)
-        if parameter.kind is parameter.POSITIONAL_ONLY and kinds[index + 1 : index + 2] != [
-            parameter.POSITIONAL_ONLY
-        ]:
+        if parameter.kind is parameter.POSITIONAL_ONLY and kinds[index + 1 : index + 2] != [parameter.POSITIONAL_ONLY]:
             parameters.append("/")
     return ", ".join(parameters), ", ".join(arguments)
 
@@ -236,9 +228,7 @@ def _signature_code(inputs: CallInputs, code: _Code) -> tuple[str, str]:
 def _break(entry: InputEntry, value: Any) -> None:
     actual: Any = value
     if isinstance(value, torch.Tensor):
-        actual = (
-            f"a tensor {value.dtype} {tuple(value.shape)} with strides {value.stride()} on {value.device}"
-        )
+        actual = f"a tensor {value.dtype} {tuple(value.shape)} with strides {value.stride()} on {value.device}"
     elif entry.fact in ("type", "value"):
         actual = f"{type(value).__name__} {value!r:.80}"
     raise InputContractError(

@@ -94,17 +94,14 @@ def read_call(
         kwargs=dict(bound.arguments) if by_keyword else bound.kwargs,
         by_keyword=by_keyword,
         leaves=tuple(
-            dataclasses.replace(leaf, dims={i: dims[dim.name] for i, dim in leaf.dims.items()})
-            for leaf in walk.leaves
+            dataclasses.replace(leaf, dims={i: dims[dim.name] for i, dim in leaf.dims.items()}) for leaf in walk.leaves
         ),
         containers=tuple(walk.containers),
         dims=tuple(dims.values()),
     )
 
 
-def _specs_by_name(
-    dynamic_shapes: Any, signature: inspect.Signature, bound: inspect.BoundArguments
-) -> dict[str, Any]:
+def _specs_by_name(dynamic_shapes: Any, signature: inspect.Signature, bound: inspect.BoundArguments) -> dict[str, Any]:
     """The spec of each parameter; names under a **kwargs parameter may stand at the top, as in torch.export."""
     if dynamic_shapes is None:
         return {}
@@ -158,9 +155,7 @@ class _Walk:
         if isinstance(value, dict) and type(value) is dict:
             self.containers.append(Container(path, code, dict, tuple(value)))
             items = {
-                k: self.visit(
-                    v, f"{path}[{k!r}]", f"{source}[{k!r}]", f"{code}[{k!r}]", _child(spec, k, path)
-                )
+                k: self.visit(v, f"{path}[{k!r}]", f"{source}[{k!r}]", f"{code}[{k!r}]", _child(spec, k, path))
                 for k, v in value.items()
             }
             return items

@@ -18,7 +18,7 @@ from onegraph.ir.key import Unkeyable
 from onegraph.torch_compat import shapes
 
 
-class _NoIdentity(Exception):
+class _NoIdentityError(Exception):
     """Raised inside for an object of which nobody could say whether it is the same in another process."""
 
 
@@ -26,7 +26,7 @@ def graph_text(graph_module: torch.fx.GraphModule, shape_env: Any) -> str | Unke
     """The canonical text of a graph with its nested graphs, or why it has none."""
     try:
         return _Writer(shape_env).graph(graph_module)
-    except _NoIdentity as error:
+    except _NoIdentityError as error:
         return Unkeyable(str(error))
 
 
@@ -61,7 +61,7 @@ class _Writer:
                 return "{" + self.graph(value) + "}"
             return self.object(value)
         if node.op == "call_module":
-            raise _NoIdentity(f"the graph calls the module {node.target}, which isn't traced")
+            raise _NoIdentityError(f"the graph calls the module {node.target}, which isn't traced")
         return self.object(node.target)
 
     def value(self, value: Any, numbers: dict[torch.fx.Node, int]) -> str:
@@ -80,9 +80,7 @@ class _Writer:
             return f"{type(value).__name__}:{value!r}"
         if shapes.is_symbolic(value):
             return self.expression(value.node.expr)
-        if isinstance(
-            value, torch.dtype | torch.device | torch.layout | torch.memory_format | type(Ellipsis)
-        ):
+        if isinstance(value, torch.dtype | torch.device | torch.layout | torch.memory_format | type(Ellipsis)):
             return str(value)
         if isinstance(value, torch._ops.OpOverload):
             return f"{value}|{value._schema}|{sorted(str(tag) for tag in value.tags)}"
@@ -93,28 +91,20 @@ class _Writer:
         if isinstance(value, torch.Tensor):
             data = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
             return f"{self.meta(value)}={hashlib.sha256(data).hexdigest()}"
-        if isinstance(
-            value, types.FunctionType | types.BuiltinFunctionType | types.MethodDescriptorType | type
-        ):
+        if isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodDescriptorType | type):
             return self.function(value)
-        raise _NoIdentity(
+        raise _NoIdentityError(
             f"the graph holds a {type(value).__module__}.{type(value).__qualname__}, without a stable identity"
         )
 
     def function(self, value: Any) -> str:
         module, name = getattr(value, "__module__", None) or "builtins", value.__qualname__
-        if module.split(".")[0] in (
-            "torch",
-            "math",
-            "operator",
-            "_operator",
-            "builtins",
-            "einops",
-        ) or module.startswith("torch"):
+        if module.split(".")[0] in ("torch", "math", "operator", "_operator", "builtins"):
             return f"{module}.{name}"
         if not isinstance(value, types.FunctionType) or "<" in name:
-            raise _NoIdentity(f"the graph calls {module}.{name}, which has no stable identity")
-        return f"{module}.{name}#{hashlib.sha256(value.__code__.co_code + repr(value.__code__.co_consts).encode()).hexdigest()}"
+            raise _NoIdentityError(f"the graph calls {module}.{name}, which has no stable identity")
+        code = value.__code__.co_code + repr(value.__code__.co_consts).encode()
+        return f"{module}.{name}#{hashlib.sha256(code).hexdigest()}"
 
     def meta(self, value: Any) -> str:
         if isinstance(value, torch.Tensor):

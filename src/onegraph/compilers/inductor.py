@@ -36,9 +36,7 @@ class InProcess:
     reason: str
 
 
-def compile_artifact(
-    piece: Piece, key: Key | None, target: Target, options: dict[str, Any]
-) -> Artifact | InProcess:
+def compile_artifact(piece: Piece, key: Key | None, target: Target, options: dict[str, Any]) -> Artifact | InProcess:
     """Compiles the piece; must run inside `torch_compat.dynamo.compile_scope`.
 
     Raises CompileError, which names the piece and says what torch or the toolchain said.
@@ -75,9 +73,7 @@ def compile_artifact(
     )
 
 
-def load_artifact(
-    files: Mapping[str, Path], aliases: tuple[OutputAlias, ...], target: Target
-) -> PieceCallable:
+def load_artifact(files: Mapping[str, Path], aliases: tuple[OutputAlias, ...], target: Target) -> PieceCallable:
     """A callable made of an artifact's files alone. Runs no compiler. The files may go away afterwards."""
     constants: dict[str, Any] = {}
     if CONSTANTS in files:

@@ -24,9 +24,7 @@ from onegraph.ir.target import Target
 from onegraph.torch_compat import inductor, torch_state
 
 
-def piece_key(
-    piece: Piece, region: Region | None, target: Target, options: dict[str, Any]
-) -> Key | Unkeyable:
+def piece_key(piece: Piece, region: Region | None, target: Target, options: dict[str, Any]) -> Key | Unkeyable:
     """The key of the artifact that `compilers.inductor` makes of the piece, or why it can't be stored.
 
     `options` are the Inductor options in force for this compile. Takes milliseconds; runs no compiler.

@@ -65,17 +65,11 @@ class CompilationConfig:
     backend: str | None = _field(
         "choice", "kernels", "what compiles the captured graph", ("inductor", "aot_eager", "eager")
     )
-    splitting_ops: tuple[str, ...] | None = _field(
-        "strs", "graph", "ops at which the graph is split; [] is one piece"
-    )
-    passes: Mapping[str, Any] | None = _field(
-        "dict", "graph", "a pass's name: false to leave it out, or its options"
-    )
+    splitting_ops: tuple[str, ...] | None = _field("strs", "graph", "ops at which the graph is split; [] is one piece")
+    passes: Mapping[str, Any] | None = _field("dict", "graph", "a pass's name: false to leave it out, or its options")
     extra_passes: tuple[str, ...] | None = _field("strs", "graph", "passes of yours, as module:Class")
     eager_pieces: tuple[int, ...] | None = _field("ints", "nothing", "numbers of pieces that run uncompiled")
-    compile_sizes: tuple[int, ...] | None = _field(
-        "ints", "kernels", "sizes that get an artifact of their own"
-    )
+    compile_sizes: tuple[int, ...] | None = _field("ints", "kernels", "sizes that get an artifact of their own")
     compile_ranges: tuple[Any, ...] | None = _field(
         "ranges", "kernels", "ranges [from, to] of sizes that get an artifact of their own"
     )
@@ -83,22 +77,16 @@ class CompilationConfig:
         "cudagraph_mode", "nothing", "what is recorded as CUDA graphs", tuple(CUDAGraphMode.__members__)
     )
     cudagraph_capture_sizes: tuple[int, ...] | None = _field("ints", "nothing", "sizes that are recorded")
-    cudagraph_check: str | None = _field(
-        "choice", "nothing", "when a recording is checked", ("first", "always")
-    )
+    cudagraph_check: str | None = _field("choice", "nothing", "when a recording is checked", ("first", "always"))
     cudagraph_lazy: bool | None = _field("bool", "nothing", "record a size when it is first used")
-    cudagraph_debug: bool | None = _field(
-        "bool", "nothing", "run what would be recorded without recording it"
-    )
+    cudagraph_debug: bool | None = _field("bool", "nothing", "run what would be recorded without recording it")
     on_memory_change: str | None = _field(
         "choice", "nothing", "when memory that a recording reads has moved", ("error", "rerecord")
     )
     dynamic_shapes: str | None = _field(
         "choice", "graph", "how dynamic sizes are traced", ("unbacked", "backed", "backed_size_oblivious")
     )
-    on_constraint: str | None = _field(
-        "choice", "graph", "when a model narrows its range", ("error", "split")
-    )
+    on_constraint: str | None = _field("choice", "graph", "when a model narrows its range", ("error", "split"))
     on_state_change: str | None = _field(
         "choice", "nothing", "when captured Python state has changed", ("recapture", "error")
     )
@@ -106,9 +94,7 @@ class CompilationConfig:
     compile_cache_save_format: str | None = _field(
         "choice", "nothing", "how artifacts are kept in the compile cache", ("binary", "unpacked")
     )
-    inductor_compile_config: Mapping[str, Any] | None = _field(
-        "dict", "kernels", "options of Inductor, by name"
-    )
+    inductor_compile_config: Mapping[str, Any] | None = _field("dict", "kernels", "options of Inductor, by name")
     max_num_tokens: int | None = _field("int", "graph", "the most that a dynamic dim without a max may be")
 
     def __post_init__(self) -> None:
@@ -125,17 +111,13 @@ class CompilationConfig:
         if isinstance(value, cls):
             return value
         if isinstance(value, bool):
-            raise ConfigError(
-                f"a compilation config can't be {value}", hint="give a dict, a level 0..3, or None"
-            )
+            raise ConfigError(f"a compilation config can't be {value}", hint="give a dict, a level 0..3, or None")
         if isinstance(value, int):
             return cls(level=value)
         if isinstance(value, str):
             return cls.of(_parsed(value))
         if not isinstance(value, Mapping):
-            raise ConfigError(
-                f"a compilation config can't be a {type(value).__name__}", hint="give a dict or a level"
-            )
+            raise ConfigError(f"a compilation config can't be a {type(value).__name__}", hint="give a dict or a level")
         for name in value:
             if name not in FIELDS:
                 raise ConfigError(
@@ -179,8 +161,7 @@ def _parsed(text: str) -> Any:
 
 def checked(name: str, value: Any) -> Any:
     """A field's value in its own type. Raises ConfigError with the field, the value, and what it may be."""
-    info = FIELDS[name] if name in FIELDS else None
-    assert info is not None, name
+    info = FIELDS[name]
     if info.kind == "mode":
         return _member(CompilationMode, name, value)
     if info.kind == "cudagraph_mode":
@@ -221,22 +202,13 @@ def _member(kind: Any, name: str, value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and value in [member.value for member in kind]:
         return kind(value)
     members = [f"{m.name} ({m.value})" if isinstance(m.value, int) else m.name for m in kind]
-    close = (
-        nearest(value.upper(), kind.__members__) if isinstance(value, str) else f"known: {', '.join(members)}"
-    )
+    close = nearest(value.upper(), kind.__members__) if isinstance(value, str) else f"known: {', '.join(members)}"
     raise ConfigError(f"{name}={value!r}", where=name, hint=close)
 
 
 def _whole(name: str, value: Any, most: int | None) -> int:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int)
-        or value < 0
-        or (most is not None and value > most)
-    ):
-        raise _wrong(
-            name, value, f"a whole number 0..{most}" if most is not None else "whole numbers, 0 or more"
-        )
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0 or (most is not None and value > most):
+        raise _wrong(name, value, f"a whole number 0..{most}" if most is not None else "whole numbers, 0 or more")
     return value
 
 

@@ -36,9 +36,7 @@ class EngineConfig:
             self._at_least_one(name)
         for name in ("enforce_eager", "enable_prefix_caching", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r}", where=name, hint="it takes true or false"
-                )
+                raise ConfigError(f"{name}={getattr(self, name)!r}", where=name, hint="it takes true or false")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}", where="seed", hint="it takes a whole number")
         if self.tensor_parallel_size > 1:

@@ -121,16 +121,14 @@ def resolve(
     given = {name: Default(value, "user") for name, value in config.given().items()}
     if environment.compile_cache_save_format is not None:
         given["compile_cache_save_format"] = Default(
-            CompilationConfig.of(
-                {"compile_cache_save_format": environment.compile_cache_save_format}
-            ).given()["compile_cache_save_format"],
+            CompilationConfig.of({"compile_cache_save_format": environment.compile_cache_save_format}).given()[
+                "compile_cache_save_format"
+            ],
             "ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT",
         )
     if environment.compilation_config is not None:
         laid_over = CompilationConfig.of(environment.compilation_config).given()
-        given.update(
-            {name: Default(value, "ONEGRAPH_COMPILATION_CONFIG") for name, value in laid_over.items()}
-        )
+        given.update({name: Default(value, "ONEGRAPH_COMPILATION_CONFIG") for name, value in laid_over.items()})
     _refuse_contradictions(given, enforce_eager)
     _refuse_what_cant_be_done(given, rules)
     values = {name: Default(value) for name, value in _ALWAYS.items()}
@@ -153,9 +151,7 @@ def _by_level(given: Mapping[str, Default], rules: DeviceRules, enforce_eager: b
         CompilationMode.ONEGRAPH,
         CompilationMode.ONEGRAPH,
     )
-    mode = (
-        Default(CompilationMode.NONE, "enforce_eager") if enforce_eager else Default(modes[level.value], why)
-    )
+    mode = Default(CompilationMode.NONE, "enforce_eager") if enforce_eager else Default(modes[level.value], why)
     mode = given.get("mode", mode)
     uncompiled = mode.value is CompilationMode.NONE
     backend = Default("eager", f"mode={mode.value.name}") if uncompiled else Default("inductor", why)
@@ -198,12 +194,7 @@ def _refuse_contradictions(given: Mapping[str, Default], enforce_eager: bool) ->
                     where="configuration",
                     hint="leave one of the two out",
                 )
-    if (
-        mode is not None
-        and mode.value is CompilationMode.NONE
-        and backend is not None
-        and backend.value != "eager"
-    ):
+    if mode is not None and mode.value is CompilationMode.NONE and backend is not None and backend.value != "eager":
         raise ConfigError(
             f"mode=NONE compiles nothing, and backend={backend.value} ({backend.why}) asks for a compiler",
             where="configuration",
@@ -225,7 +216,8 @@ def _refuse_what_cant_be_done(given: Mapping[str, Default], rules: DeviceRules) 
     asked = given.get("cudagraph_mode")
     if asked is not None and asked.value not in rules.cudagraph_modes:
         raise ConfigError(
-            f"cudagraph_mode={asked.value.name} ({asked.why}) can't be honoured on {rules.device}: this version makes no recordings there",
+            f"cudagraph_mode={asked.value.name} ({asked.why}) can't be honoured on {rules.device}: "
+            "this version makes no recordings there",
             where="configuration",
             hint="leave it out, or give NONE",
         )

@@ -80,9 +80,7 @@ class Store:
             manifest = Manifest.from_json((folder / "manifest.json").read_text())
             if manifest.key != digest:
                 raise ManifestError(f"it is the manifest of {manifest.key}")
-            return StoredArtifact(
-                manifest, {name: self._verified(name, r) for name, r in manifest.files.items()}
-            )
+            return StoredArtifact(manifest, {name: self._verified(name, r) for name, r in manifest.files.items()})
         except (FileNotFoundError, NotADirectoryError) as error:
             if not folder.exists():
                 return None
@@ -163,14 +161,10 @@ class Store:
         """Moves an entry aside, with one line that says why. Its key then counts as a miss."""
         folder = self._entry(digest)
         counters.add("store_quarantined")
-        log.warning(
-            "the artifact %s is bad (%s): moved to quarantine and compiled again", folder.name[:12], reason
-        )
+        log.warning("the artifact %s is bad (%s): moved to quarantine and compiled again", folder.name[:12], reason)
         target = self.root / "quarantine"
         try:
             target.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.replace(
-                folder, Path(tempfile.mkdtemp(dir=target, prefix=f"{folder.name[:12]}-")) / folder.name
-            )
+            os.replace(folder, Path(tempfile.mkdtemp(dir=target, prefix=f"{folder.name[:12]}-")) / folder.name)
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)

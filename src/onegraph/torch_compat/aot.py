@@ -14,9 +14,7 @@ from torch._inductor.fx_utils import FakeTensorUpdater
 from torch._inductor.virtualized import V
 
 
-def compile_graph(
-    graph_module: torch.fx.GraphModule, fake_inputs: list[Any], fake_mode: Any
-) -> Callable[..., Any]:
+def compile_graph(graph_module: torch.fx.GraphModule, fake_inputs: list[Any], fake_mode: Any) -> Callable[..., Any]:
     """Runs AOTAutograd under no_grad and returns its callable, which takes the inputs flat.
 
     Mutating ops are put back in place by the passes that Inductor uses, so that a KV cache isn't cloned.

@@ -65,9 +65,7 @@ class CaptureFailure:
     symbols: dict[str, str] = field(default_factory=dict)
 
 
-def mark_dynamic_dim(
-    tensor: torch.Tensor, dim: int, *, name: str, minimum: int, maximum: int, hint: int
-) -> None:
+def mark_dynamic_dim(tensor: torch.Tensor, dim: int, *, name: str, minimum: int, maximum: int, hint: int) -> None:
     """Marks one dim of the tensor (the Python object is changed) as unknown within minimum..maximum."""
     try:
         decorators.mark_unbacked(tensor, dim, shape_id=name, min=minimum, max=maximum, hint_override=hint)
@@ -111,17 +109,17 @@ def capture(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Raw
     environment = graph_output.get_runtime_env()
 
     def make_callable(run: Callable[..., Any]) -> Callable[..., Any]:
-        return environment.forward_callable(
+        residual: Callable[..., Any] = environment.forward_callable(
             backend_input.backend_id, run, extra_globals=traced_function.__globals__
         )
+        return residual
 
     index_to_source = graph_output.output_graph.export_metadata.graph_input_idx_to_local_source
     placeholders = [n for n in backend_input.graph_module.graph.nodes if n.op == "placeholder"]
     return RawCapture(
         graph_module=backend_input.graph_module,
         sources=tuple(
-            index_to_source[i].name if i in index_to_source else str(node.target)
-            for i, node in enumerate(placeholders)
+            index_to_source[i].name if i in index_to_source else str(node.target) for i, node in enumerate(placeholders)
         ),
         fake_mode=backend_input.fake_mode,
         guards=tuple(_guard_facts(graph_output.output_graph.guards)),
@@ -141,9 +139,7 @@ def _guard_facts(guards: Any) -> Iterator[GuardFact]:
 
 
 def _stored_globals(code: types.CodeType) -> tuple[str, ...]:
-    return tuple(
-        str(i.argval) for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
-    )
+    return tuple(str(i.argval) for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"))
 
 
 CAPTURE_EXCEPTIONS = (TorchDynamoException, ConstraintViolationError, GuardOnDataDependentSymNode)
@@ -160,9 +156,7 @@ def explain_failure(error: BaseException) -> CaptureFailure:
     stack = getattr(error, "real_stack", None) or ()
     lines = str(error).split("\n\nfrom user code:")[0].strip().splitlines()
     hints = tuple(line.strip()[len("Hint:") :].strip() for line in lines if line.strip().startswith("Hint:"))
-    reason = [
-        line for line in lines if line.strip() and not line.strip().startswith(("Hint:", "Developer debug"))
-    ]
+    reason = [line for line in lines if line.strip() and not line.strip().startswith(("Hint:", "Developer debug"))]
     return CaptureFailure(
         reason="\n".join(line.rstrip() for line in reason[:6]),
         hints=hints,
@@ -174,7 +168,8 @@ def explain_failure(error: BaseException) -> CaptureFailure:
 
 def traced_function(callable_: Any) -> tuple[types.FunctionType, Any]:
     """The Python function that `capture` would trace for a module, method or function, and its `self` or None."""
-    return convert_frame.get_traced_fn(callable_)
+    function, owner = convert_frame.get_traced_fn(callable_)
+    return function, owner
 
 
 def current_fake_mode() -> Any:

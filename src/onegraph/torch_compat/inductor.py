@@ -70,9 +70,7 @@ def compile_graph(
 
     context = torch._guards.TracingContext(fake_mode)
     with torch.no_grad(), torch._guards.tracing(context), _collect_kernels(collected):
-        function = compile_fx.compile_fx(
-            graph_module, fake_inputs, inner_compile=inner_compile, config_patches=options
-        )
+        function = compile_fx.compile_fx(graph_module, fake_inputs, inner_compile=inner_compile, config_patches=options)
         metadata = context.fw_metadata
     reason = _why_not_portable(graphs, metadata, fake_inputs, collected)
     if reason is not None:
@@ -110,9 +108,7 @@ def _collect_kernels(collected: list[KernelSource]) -> Iterator[None]:
         async_compile.AsyncCompile.cpp_pybinding = original  # type: ignore[method-assign]
 
 
-def _why_not_portable(
-    graphs: list[Any], metadata: Any, fake_inputs: list[Any], kernels: list[Any]
-) -> str | None:
+def _why_not_portable(graphs: list[Any], metadata: Any, fake_inputs: list[Any], kernels: list[Any]) -> str | None:
     if len(graphs) != 1 or not getattr(graphs[0], "source_code", ""):
         return f"Inductor made {len(graphs)} graphs of one piece"
     if metadata is None:

@@ -13,27 +13,25 @@ import torch._inductor.config
 from torch._inductor import cpp_builder, cpu_vec_isa
 
 
-class ToolchainMissing(Exception):
+class ToolchainMissingError(Exception):
     """There is no C++ compiler; the text names what was tried."""
 
 
 def cpp_compiler() -> str:
-    """The C++ compiler's command. Raises ToolchainMissing."""
+    """The C++ compiler's command. Raises ToolchainMissingError."""
     try:
         return str(cpp_builder.get_cpp_compiler())
     except Exception as error:
-        raise ToolchainMissing(str(error).splitlines()[0] if str(error) else "no C++ compiler") from error
+        raise ToolchainMissingError(str(error).splitlines()[0] if str(error) else "no C++ compiler") from error
 
 
 @functools.cache
 def compiler_version(command: str) -> str:
     """The first line of `command --version`."""
     try:
-        output = subprocess.run(
-            [command, "--version"], capture_output=True, text=True, timeout=30, check=True
-        )
+        output = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise ToolchainMissing(f"{command} --version failed: {error}") from error
+        raise ToolchainMissingError(f"{command} --version failed: {error}") from error
     return output.stdout.splitlines()[0].strip()
 
 
@@ -46,9 +44,7 @@ def compile_command(sources: list[str], name: str, output_dir: Path) -> tuple[li
         options = cpp_builder.CppTorchDeviceOptions(
             vec_isa=cpu_vec_isa.pick_vec_isa(), include_pytorch=False, shared=True, device_type="cpu"
         )
-        builder = cpp_builder.CppBuilder(
-            name=name, sources=sources, BuildOption=options, output_dir=str(output_dir)
-        )
+        builder = cpp_builder.CppBuilder(name=name, sources=sources, BuildOption=options, output_dir=str(output_dir))
     return shlex.split(builder.get_command_line()), Path(builder.get_target_file_path())
 
 

@@ -59,7 +59,7 @@ class CpuTarget:
     def _build(self, source: Path, folder: Path) -> Path:
         try:
             toolchain.compiler_version(toolchain.cpp_compiler())
-        except toolchain.ToolchainMissing as error:
+        except toolchain.ToolchainMissingError as error:
             raise CompileError(
                 f"there is no working C++ compiler: {error}",
                 where="building the kernels of a piece",
@@ -69,9 +69,7 @@ class CpuTarget:
         counters.add("gxx_runs")
         result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if result.returncode != 0:
-            errors = [
-                line for line in result.stderr.splitlines() if "error" in line
-            ] or result.stderr.splitlines()
+            errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
             raise CompileError(
                 f"the C++ compiler failed with exit code {result.returncode}: " + " | ".join(errors[:3]),
                 where="building the kernels of a piece",
