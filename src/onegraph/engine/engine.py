@@ -172,9 +172,7 @@ class Engine:
             request = sequence.request
             touched[request.request_id] = request
             if row in sampled.broken:
-                request.error = (
-                    "the model's logits have no finite maximum (NaN or infinity), so no token can be chosen"
-                )
+                request.error = "the model's logits have no finite maximum (NaN or infinity), so no token can be chosen"
                 log.error(
                     "request %s ended after %d tokens: %s",
                     request.request_id,

@@ -35,9 +35,7 @@ class BlockPool:
     def reset(self) -> None:
         """Frees every block and forgets every content."""
         self._refs = [0] * self.num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(
-            range(self.num_blocks)
-        )  # next to give out first
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(self.num_blocks))  # next to give out first
         self._content: list[tuple[int, tuple[int, ...]] | None] = [None] * self.num_blocks
         self._prefix = [ROOT_PREFIX] * self.num_blocks  # of the chain that ends in this block
         self._cached: dict[tuple[int, tuple[int, ...]], int] = {}

@@ -76,9 +76,7 @@ def resolve_limits(
                 where="the engine's limits",
                 hint=f"give max_model_len={kv_cache.num_tokens} or less, or more num_kv_blocks",
             )
-        downgrades = (
-            f"max_model_len is {kv_cache.num_tokens}, not the model's {model_len}: {room} ({kv_cache.why})",
-        )
+        downgrades = (f"max_model_len is {kv_cache.num_tokens}, not the model's {model_len}: {room} ({kv_cache.why})",)
         max_model_len = kv_cache.num_tokens
         counters.add("downgrades")
         log.info(downgrades[0])

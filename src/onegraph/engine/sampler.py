@@ -5,7 +5,7 @@ where asked.
 Keeps: what depends only on who is in the batch, as long as the same sequences come again.
 A row's result depends on that row and its own random stream alone: operations are row by row, ties are kept
 or broken by token id, and a sequence draws one number for each of its sampled tokens. What nobody in the
-batch asks for is skipped. `S` rows, `V` vocabulary, `P` rows with penalties, `Q` rows that are drawn.
+batch asks for is skipped. `S` rows, `V` vocabulary, `Q` rows that are drawn.
 """
 
 from collections.abc import Sequence as Seq
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from onegraph.engine.logprobs import RankedToken, rank_tokens
+from onegraph.engine.penalties import Penalties
 from onegraph.engine.request import Sequence
 from onegraph.engine.token_filters import keep_likeliest
 
@@ -58,11 +59,7 @@ class Sampler:
             found = rank_tokens(logits[rows], token_ids[rows], self._asked.num_logprobs)
             for row, one in zip(rows, found, strict=True):
                 ranked[row] = one
-        broken = (
-            frozenset()
-            if bool(best.isfinite().all())
-            else frozenset((~best.isfinite()).nonzero()[:, 0].tolist())
-        )
+        broken = frozenset() if bool(best.isfinite().all()) else frozenset((~best.isfinite()).nonzero()[:, 0].tolist())
         return Sampled(token_ids.tolist(), ranked, broken)
 
     def _process(self, logits: Tensor) -> Tensor:
@@ -84,8 +81,7 @@ class Sampler:
             rows, tokens, values = asked.bias
             logits[rows, tokens] += values
         if asked.penalties is not None:
-            rows = asked.penalties.rows
-            logits[rows] = asked.penalties.apply(logits[rows])
+            asked.penalties.apply_(logits)
         return logits
 
     def _stop_ids(self, sequence: Sequence) -> list[int]:
@@ -101,9 +97,7 @@ class Sampler:
         scaled = keep_likeliest(scaled, min_p=asked.min_p, top_k=asked.top_k, top_p=asked.top_p)
         cumulated = torch.softmax(scaled, dim=-1).cumsum(-1, dtype=torch.float64)
         total = cumulated[:, -1:]
-        uniform = torch.tensor(
-            [self._members[row].stream.random() for row in asked.drawn], dtype=torch.float64
-        )
+        uniform = torch.tensor([self._members[row].stream.random() for row in asked.drawn], dtype=torch.float64)
         at = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
         # The first token whose cumulated probability is above: never one with probability 0.
         return torch.searchsorted(cumulated, at, right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
@@ -122,7 +116,7 @@ class _Asked:
     top_p: Tensor | None  # [Q, 1]
     min_tokens: list[int]  # rows
     bias: tuple[Tensor, Tensor, Tensor] | None  # rows, token ids, values, all [number of biases]
-    penalties: "_Penalties | None"
+    penalties: Penalties | None
     logprob_rows: list[int]
     num_logprobs: list[int]
 
@@ -142,9 +136,7 @@ class _Asked:
             temperature=_column([p.temperature for p in drawn_params]),
             min_p=_column([p.min_p for p in drawn_params]) if any(p.min_p for p in drawn_params) else None,
             top_k=torch.tensor(top_k)[:, None] if any(k < vocab_size for k in top_k) else None,
-            top_p=_column([p.top_p for p in drawn_params])
-            if any(p.top_p < 1 for p in drawn_params)
-            else None,
+            top_p=_column([p.top_p for p in drawn_params]) if any(p.top_p < 1 for p in drawn_params) else None,
             min_tokens=[row for row, p in enumerate(params) if p.min_tokens],
             bias=(
                 torch.tensor([row for row, _, _ in bias]),
@@ -153,44 +145,10 @@ class _Asked:
             )
             if bias
             else None,
-            penalties=_Penalties([members[row] for row in penalised], penalised, vocab_size)
-            if penalised
-            else None,
+            penalties=Penalties([members[row] for row in penalised], penalised) if penalised else None,
             logprob_rows=logprob_rows,
             num_logprobs=[params[row].logprobs or 0 for row in logprob_rows],
         )
-
-
-class _Penalties:
-    """Token counts of the penalised rows, brought up to date by the tokens that came since the last step."""
-
-    def __init__(self, members: list[Sequence], rows: list[int], vocab_size: int) -> None:
-        self.rows = torch.tensor(rows)
-        self._members = members
-        self._counts = torch.zeros(len(rows), vocab_size)  # of the output
-        self._seen = torch.zeros(len(rows), vocab_size, dtype=torch.bool)  # in prompt or output
-        self._num_counted = [m.num_prompt_tokens for m in members]
-        for row, member in enumerate(members):
-            self._seen[row, list(member.request.prompt_token_ids)] = True
-        self._presence = _column([m.params.presence_penalty for m in members])
-        self._frequency = _column([m.params.frequency_penalty for m in members])
-        self._repetition = _column([m.params.repetition_penalty for m in members])
-
-    def apply(self, logits: Tensor) -> Tensor:
-        """The rows' logits, [P, V], after the penalties for all tokens that are there now."""
-        new = [
-            (row, token)
-            for row, member in enumerate(self._members)
-            for token in member.token_ids[self._num_counted[row] :]
-        ]
-        if new:
-            rows, tokens = torch.tensor(new).T
-            self._counts.index_put_((rows, tokens), torch.ones(len(new)), accumulate=True)
-            self._seen[rows, tokens] = True
-            self._num_counted = [len(m.token_ids) for m in self._members]
-        repeated = torch.where(logits > 0, logits / self._repetition, logits * self._repetition)
-        logits = torch.where(self._seen, repeated, logits)
-        return logits - self._frequency * self._counts - self._presence * (self._counts > 0)
 
 
 def _column(values: Seq[float]) -> Tensor:

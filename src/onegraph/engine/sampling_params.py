@@ -93,9 +93,7 @@ class SamplingParams:
         if not isinstance(bias, Mapping) or not all(
             _is_int(i) and i >= 0 and _is_number(b) and -100 <= b <= 100 for i, b in bias.items()
         ):
-            raise self._bad(
-                "logit_bias", "a mapping from token ids (integers >= 0) to numbers in [-100, 100]"
-            )
+            raise self._bad("logit_bias", "a mapping from token ids (integers >= 0) to numbers in [-100, 100]")
         object.__setattr__(self, "logit_bias", {int(i): float(b) for i, b in bias.items()})
 
     @property

@@ -79,8 +79,12 @@ class Scheduler:
             scheduled.append(ScheduledSequence(sequence, num_new))
             budget -= num_new
             at += 1
+        siblings: list[Sequence] = []
         while self.waiting and budget > 0 and self.num_preemptions == preemptions_before:
             sequence = self.waiting[0]
+            if self._will_hit_its_sibling(sequence):
+                siblings.append(self.waiting.popleft())
+                continue
             if not self._admit(sequence):
                 break
             self.waiting.popleft()
@@ -88,6 +92,7 @@ class Scheduler:
             num_new = min(len(sequence.token_ids) - sequence.num_computed_tokens, budget)
             scheduled.append(ScheduledSequence(sequence, num_new))
             budget -= num_new
+        self.waiting.extendleft(reversed(siblings))
         assert scheduled or not (self.running or self.waiting), "a sequence that can never fit was added"
         return Batch(tuple(scheduled)) if scheduled else None
 
@@ -112,6 +117,17 @@ class Scheduler:
         self.running.clear()
         self.pool.reset()
         self.tables.reset()
+
+    def _will_hit_its_sibling(self, sequence: Sequence) -> bool:
+        """True while the first sample of the same prompt computes blocks that this one can share when done."""
+        first, num_prompt = sequence.request.sequences[0], sequence.num_prompt_tokens
+        return (
+            self.enable_prefix_caching
+            and sequence is not first
+            and num_prompt > self.pool.block_size
+            and not first.finished
+            and first.num_computed_tokens < num_prompt
+        )
 
     def _admit(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence a row and blocks for all its known tokens, or nothing."""

@@ -31,9 +31,7 @@ def summarise(started: Started) -> str:
         "prefix caching": config.enable_prefix_caching,
     }
     lines.append(f"on        {', '.join(name for name, is_on in on.items() if is_on) or 'nothing'}")
-    lines.append(
-        f"off       {', '.join(name.split(' (')[0] for name, is_on in on.items() if not is_on) or 'nothing'}"
-    )
+    lines.append(f"off       {', '.join(name.split(' (')[0] for name, is_on in on.items() if not is_on) or 'nothing'}")
     lines += [f"note      {note}" for note in (*limits.downgrades, *explanation.notes)]
     return "\n".join(lines)
 

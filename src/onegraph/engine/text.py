@@ -40,9 +40,7 @@ class Text:
                 hint="use generate(), or a model whose tokenizer has a chat template",
             )
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template raises what it likes
             raise ConfigError(
                 f"the chat template refuses the messages: {error}",
@@ -55,9 +53,7 @@ class Text:
         """The text of tokens, special ones left out."""
         if self.tokenizer is None or not token_ids:
             return ""
-        text: str = self.tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def token(self, token_id: int) -> str:

@@ -8,14 +8,10 @@ depends on values alone, never on the order in which a sort leaves equal ones. T
 import torch
 from torch import Tensor
 
-_FIRST_SORTED = (
-    512  # the tokens that top_p keeps are nearly always among so many; a sort of all is 10x slower
-)
+_FIRST_SORTED = 512  # the tokens that top_p keeps are nearly always among so many; a sort of all is 10x slower
 
 
-def keep_likeliest(
-    logits: Tensor, *, min_p: Tensor | None, top_k: Tensor | None, top_p: Tensor | None
-) -> Tensor:
+def keep_likeliest(logits: Tensor, *, min_p: Tensor | None, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
     """min_p, then top_k, then top_p over what is left; None is off. `top_k` is int64, V where off."""
     if min_p is not None:
         # p >= min_p * p_max, in logits

@@ -61,8 +61,7 @@ class FakeModel:
         assert ids.dtype == positions.dtype == slots.dtype == inputs["logits_indices"].dtype == torch.int64
         assert starts.dtype == lens.dtype == tables.dtype == torch.int32
         assert (
-            len(ids) == len(positions) == len(slots) == starts[-1]
-            and len(starts) == len(lens) + 1 == len(tables) + 1
+            len(ids) == len(positions) == len(slots) == starts[-1] and len(starts) == len(lens) + 1 == len(tables) + 1
         )
         assert all(tensor.is_contiguous() and tensor.data_ptr() % 64 == 0 for tensor in (ids, starts, tables))
         self.num_tokens.append(len(ids))
@@ -111,9 +110,7 @@ def make_engine(
 ) -> tuple[Engine, FakeModel]:
     """An engine around a fake model."""
     model = FakeModel()
-    limits = Limits(
-        max_model_len, max_num_seqs, budget, KVCachePlan(num_blocks, block_size, 8 * block_size, "test")
-    )
+    limits = Limits(max_model_len, max_num_seqs, budget, KVCachePlan(num_blocks, block_size, 8 * block_size, "test"))
     engine = assemble_engine(
         model,
         layers=[LAYER],

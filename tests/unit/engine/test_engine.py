@@ -76,6 +76,20 @@ def test_samples_share_a_prompt_and_differ():
     assert tuple(drain(engine)["c"].outputs[0].token_ids) == first[0]
 
 
+@pytest.mark.parametrize("budget", [8, 64])
+def test_samples_compute_their_prompt_once(budget: int):
+    engine, model = make_engine(budget=budget)
+    prompts = {"a": list(range(30)), "b": list(range(50, 80)), "short": [1, 2, 3]}
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, greedy(2, n=3, prompt_logprobs=0 if name == "b" else None))
+    outputs = drain(engine)
+    for name, prompt in prompts.items():
+        assert [list(c.token_ids) for c in outputs[name].outputs] == [expected_tokens(prompt, 2)] * 3
+    num_of_other_samples = 2 * 2 * (30 - 28)  # two blocks' worth of tokens are behind the shared blocks
+    assert sum(model.num_tokens) == 30 + 30 + num_of_other_samples + 3 * 3 + 9  # and 9 samples decode once
+    assert all_free(engine)
+
+
 def test_requests_without_a_seed_differ_from_each_other_and_repeat_with_the_engine():
     def texts() -> list[tuple[int, ...]]:
         engine, model = make_engine()
@@ -89,9 +103,7 @@ def test_requests_without_a_seed_differ_from_each_other_and_repeat_with_the_engi
 
 
 def test_seeds_and_penalties_survive_preemption():
-    params = SamplingParams(
-        seed=5, max_tokens=40, temperature=3.0, frequency_penalty=1.0, repetition_penalty=1.2
-    )
+    params = SamplingParams(seed=5, max_tokens=40, temperature=3.0, frequency_penalty=1.0, repetition_penalty=1.2)
     results = []
     for num_blocks in (64, 16):
         engine, _ = make_engine(num_blocks=num_blocks)
@@ -138,9 +150,7 @@ def test_a_stop_string_across_tokens_cuts_the_text():
     assert (done.text, done.finish_reason, done.stop_reason) == (text[:3], "stop", stop)
     assert list(done.token_ids) == tokens[:3]
     assert outputs["never"].outputs[0].text == text and outputs["never"].outputs[0].finish_reason == "length"
-    assert (
-        outputs["later"].outputs[0].text == text
-    )  # it begins within the text of the first min_tokens tokens
+    assert outputs["later"].outputs[0].text == text  # it begins within the text of the first min_tokens tokens
 
 
 def test_a_stream_never_shows_what_a_stop_string_takes_away():

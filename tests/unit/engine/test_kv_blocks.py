@@ -12,9 +12,7 @@ def fill(pool: BlockPool, token_ids: list[int]) -> list[int]:
     blocks = pool.allocate(pool.num_blocks_for(len(token_ids)))
     prefix = ROOT_PREFIX
     for at in range(len(token_ids) // pool.block_size):
-        prefix = pool.register(
-            blocks[at], prefix, token_ids[at * pool.block_size : (at + 1) * pool.block_size]
-        )
+        prefix = pool.register(blocks[at], prefix, token_ids[at * pool.block_size : (at + 1) * pool.block_size])
     return blocks
 
 

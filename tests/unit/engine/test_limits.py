@@ -27,11 +27,7 @@ def plan(available: int, **changes) -> KVCachePlan:
 
 def test_as_much_as_the_sequences_can_use_or_half_of_the_memory():
     roomy = plan(2**40)
-    assert (
-        roomy.num_blocks == 4 * 7
-        and roomy.block_bytes == BLOCK_BYTES
-        and "4 sequences of 100 tokens" in str(roomy)
-    )
+    assert roomy.num_blocks == 4 * 7 and roomy.block_bytes == BLOCK_BYTES and "4 sequences of 100 tokens" in str(roomy)
     tight = plan(BLOCK_BYTES * 11)
     assert tight.num_blocks == 5 and "50% of" in tight.why
     assert plan(BLOCK_BYTES * 11, num_kv_blocks=9).num_blocks == 9
@@ -52,9 +48,7 @@ def test_the_tensors():
     ]
     tensors = [tensor for pair in caches for tensor in pair]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 4
-    assert all(
-        tensor.is_inference() and tensor.data_ptr() % 64 == 0 and not tensor.any() for tensor in tensors
-    )
+    assert all(tensor.is_inference() and tensor.data_ptr() % 64 == 0 and not tensor.any() for tensor in tensors)
 
 
 def test_the_memory_that_is_there(tmp_path: Path):
@@ -76,9 +70,7 @@ def test_the_memory_that_is_there(tmp_path: Path):
 
 
 def limits(model_len: int = 100, **config):
-    return resolve_limits(
-        EngineConfig(**config), model_len=model_len, layers=LAYERS, available_bytes=lambda: 2**30
-    )
+    return resolve_limits(EngineConfig(**config), model_len=model_len, layers=LAYERS, available_bytes=lambda: 2**30)
 
 
 def test_limits():
@@ -96,8 +88,6 @@ def test_limits():
 def test_few_blocks_lower_a_default_length_and_refuse_one_that_was_asked_for():
     lowered = limits(num_kv_blocks=3)
     assert lowered.max_model_len == 48 and "48, not the model's 100" in lowered.downgrades[0]
-    with pytest.raises(
-        ConfigError, match=r"max_model_len=100 does not fit: 3 KV blocks of 16 tokens hold 48 tokens"
-    ):
+    with pytest.raises(ConfigError, match=r"max_model_len=100 does not fit: 3 KV blocks of 16 tokens hold 48 tokens"):
         limits(num_kv_blocks=3, max_model_len=100)
     assert limits(num_kv_blocks=3, max_model_len=48).downgrades == ()

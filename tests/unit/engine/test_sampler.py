@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from onegraph.engine.penalties import Penalties
 from onegraph.engine.request import Request, Sequence, random_stream
 from onegraph.engine.sampler import Sampler
 from onegraph.engine.sampling_params import SamplingParams
@@ -35,9 +36,7 @@ def naive_probabilities(logits: torch.Tensor, one: Sequence) -> list[float]:
     for token in range(V):
         if token in one.token_ids:
             values[token] = (
-                values[token] / p.repetition_penalty
-                if values[token] > 0
-                else values[token] * p.repetition_penalty
+                values[token] / p.repetition_penalty if values[token] > 0 else values[token] * p.repetition_penalty
             )
         values[token] -= p.frequency_penalty * output.count(token)
         values[token] -= p.presence_penalty if token in output else 0
@@ -160,6 +159,22 @@ def test_a_batch_that_stays_counts_the_tokens_that_came():
             other.token_ids.append(token)
         if step == 3:  # one leaves
             logits, sequences, others = logits[1:], sequences[1:], others[1:]
+
+
+def test_penalties_of_more_tokens_than_there_was_room_for():
+    params = SamplingParams(temperature=0, frequency_penalty=1.0, repetition_penalty=2.0)
+    output = [*range(1000, 1060), *range(1000, 1030)]
+    ones = [sequence(params, list(range(1000)), []), sequence(params, [0], [])]
+    penalties, logits = Penalties(ones, [0, 1]), torch.ones(2, 2000)
+    penalties.apply_(logits.clone())
+    for one in ones:
+        one.token_ids += output
+    penalties.apply_(logits)
+    for row, num_prompt in ((0, 1000), (1, 1)):
+        expected = torch.ones(2000)
+        expected[:num_prompt] = 0.5
+        expected[1000:1030], expected[1030:1060] = 0.5 - 2, 0.5 - 1
+        assert torch.equal(logits[row], expected)
 
 
 def test_seeds():

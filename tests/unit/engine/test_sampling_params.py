@@ -65,7 +65,5 @@ def test_it_is_a_value():
 
 
 def test_borders_are_allowed():
-    SamplingParams(
-        temperature=0, top_p=1, top_k=-1, min_p=1, max_tokens=None, min_tokens=5, logit_bias={0: -100}
-    )
+    SamplingParams(temperature=0, top_p=1, top_k=-1, min_p=1, max_tokens=None, min_tokens=5, logit_bias={0: -100})
     assert SamplingParams(temperature=0).greedy and not SamplingParams(temperature=0.01).greedy

@@ -16,9 +16,7 @@ from onegraph.engine.scheduler import Batch, Scheduler
 numbers = count()
 
 
-def make(
-    num_blocks: int = 32, block_size: int = 4, budget: int = 16, max_num_seqs: int = 4, caching: bool = True
-):
+def make(num_blocks: int = 32, block_size: int = 4, budget: int = 16, max_num_seqs: int = 4, caching: bool = True):
     pool = BlockPool(num_blocks, block_size)
     tables = BlockTables(max_num_seqs, num_blocks)
     return Scheduler(pool, tables, max_num_batched_tokens=budget, enable_prefix_caching=caching)

@@ -36,9 +36,7 @@ def test_piece_by_piece_equals_looking_at_all_prefixes(pieces: list[str], stops:
         safe = text[: len(text) - watch.num_held_back(text)]
         assert safe.startswith(shown)
         shown = safe
-    assert not any(text.endswith(s[:n]) for s in stops for n in range(1, len(s) + 1)) or len(shown) < len(
-        text
-    )
+    assert not any(text.endswith(s[:n]) for s in stops for n in range(1, len(s) + 1)) or len(shown) < len(text)
 
 
 def test_text_before_min_tokens_does_not_match():
