@@ -36,7 +36,11 @@ def compile_graph(graph_module: torch.fx.GraphModule, fake_inputs: list[Any], fa
 
     with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
         function: Callable[..., Any] = aot_module_simplified(
-            graph_module, fake_inputs, fw_compiler=run_in_place, inference_compiler=run_in_place
+            graph_module,
+            fake_inputs,
+            fw_compiler=run_in_place,
+            inference_compiler=run_in_place,
+            keep_inference_input_mutations=True,
         )
     return function
 

@@ -1,0 +1,6 @@
+"""Ops of onegraph's own, as torch.library ops with fakes; importing this package registers them."""
+
+from __future__ import annotations
+
+from onegraph.ops import attention as attention
+from onegraph.ops import kv_cache as kv_cache
