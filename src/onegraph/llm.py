@@ -120,9 +120,7 @@ class LLM:
         template, else as `generate`.
         """
         if not messages:
-            raise ConfigError(
-                "no messages were given", where="chat", hint='give [{"role": "user", "content": "hi"}]'
-            )
+            raise ConfigError("no messages were given", where="chat", hint='give [{"role": "user", "content": "hi"}]')
         one = isinstance(messages[0], Mapping)
         conversations: Any = [messages] if one else messages
         encoded = [self.engine.text.encode_chat(conversation) for conversation in conversations]
@@ -190,9 +188,7 @@ class LLM:
         return [outputs[name] for name in names]
 
 
-def _one_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
     if params is None:
         return [SamplingParams()] * num_prompts
     if isinstance(params, SamplingParams):

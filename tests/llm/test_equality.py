@@ -53,9 +53,7 @@ def is_tie(reference64: Any, prompt: list[int], got: list[int], want: list[int])
     with torch.no_grad():
         logits = reference64(torch.tensor([prompt + want[:at]])).logits[0, -1]
     difference = abs(float(logits[got[at]] - logits[want[at]]))
-    assert difference < TIE_TOLERANCE, (
-        f"token {at} is {got[at]}, not {want[at]}; logits differ by {difference}"
-    )
+    assert difference < TIE_TOLERANCE, f"token {at} is {got[at]}, not {want[at]}; logits differ by {difference}"
     return True
 
 
@@ -112,9 +110,7 @@ def test_end_of_text_min_tokens_and_repetition_penalty_equal_transformers(llm: L
             use_tqdm=False,
         )
         for prompt, output in zip(given, outputs, strict=True):
-            assert list(output.outputs[0].token_ids) == expected(reference, prompt, max_tokens, **generate), (
-                params
-            )
+            assert list(output.outputs[0].token_ids) == expected(reference, prompt, max_tokens, **generate), params
 
 
 def test_logprobs_equal_log_softmax_of_transformers_logits(llm: LLM, reference: Any):

@@ -5,7 +5,7 @@ stage took. This is the one place where an engine's model is compiled.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +48,7 @@ def start_engine(config: EngineConfig) -> Started:
     Errors: ConfigError, ModelError, and what compiling raises.
     """
     began = time.perf_counter()
-    with _bar("weights") as progress:
+    with _bar("weights", 3) as progress:
         model = load_model(
             config.model or BUILTIN_MODEL,
             dtype=config.dtype,
@@ -58,7 +58,7 @@ def start_engine(config: EngineConfig) -> Started:
     layers = [LayerKV(model.kv.num_kv_heads, model.kv.head_dim, model.kv.dtype)] * model.kv.num_layers
     limits = resolve_limits(config, model_len=model.max_model_len, layers=layers)
     loaded = time.perf_counter()
-    with _bar("compile") as progress:
+    with _bar("compile", 4) as progress:
         compiled = api.compile(
             model.module,
             dynamic_shapes=model.module.dynamic_shapes(
@@ -67,7 +67,7 @@ def start_engine(config: EngineConfig) -> Started:
             config=config.compilation_config,
             enforce_eager=config.enforce_eager,
             name=model.name,
-            observer=lambda stage, seconds: None if seconds is None else progress(stage),
+            observer=lambda stage, seconds: progress(stage) if seconds is None else None,
         )
         engine = assemble_engine(
             compiled,
@@ -99,7 +99,12 @@ def eos_token_ids(model: LoadedModel) -> frozenset[int]:
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Any]:
-    """A progress bar for a start-up stage, silent where stderr is no terminal."""
-    with tqdm(desc=title, disable=None, leave=False) as bar:
-        yield lambda *_: bar.update()
+def _bar(title: str, num_steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar for one stage of the start, which is told each step as it begins; for terminals only."""
+    with tqdm(desc=title, total=num_steps, unit="step", disable=None, leave=False) as bar:
+
+        def begin(step: str) -> None:
+            bar.set_postfix_str(step, refresh=False)
+            bar.update()
+
+        yield begin
