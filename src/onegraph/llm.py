@@ -176,15 +176,15 @@ class LLM:
 
     def _drain(self, names: list[str], use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
-        num_tokens = 0
+        before = self.engine.stats.num_generated_tokens
         with tqdm(total=len(names), desc="generate", unit="prompt", disable=not use_tqdm) as bar:
             while self.engine.has_unfinished():
-                for output in self.engine.step():
-                    outputs[output.request_id] = output
-                    num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
-                    elapsed = bar.format_dict["elapsed"] or 1e-9
-                    bar.set_postfix_str(f"{num_tokens / elapsed:.1f} tokens/s", refresh=False)
-                    bar.update()
+                finished = self.engine.step()
+                outputs.update((output.request_id, output) for output in finished)
+                if use_tqdm:
+                    rate = (self.engine.stats.num_generated_tokens - before) / (bar.format_dict["elapsed"] or 1e-9)
+                    bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
+                    bar.update(len(finished))
         return [outputs[name] for name in names]
 
 

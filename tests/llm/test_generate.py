@@ -1,5 +1,6 @@
 """LLM.generate and chat as users see them: samples, seeds, text, stops, progress, errors, interrupts."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +134,13 @@ def test_an_interrupt_leaves_a_usable_llm(llm: LLM, monkeypatch: pytest.MonkeyPa
     assert not llm.engine.has_unfinished()
     assert llm.engine.stats.num_free_blocks == llm.engine.stats.num_blocks
     assert tokens(llm.generate(["a", "b"], GREEDY, use_tqdm=False)) == before
+
+
+def test_calls_from_several_threads_run_one_after_the_other(llm: LLM):
+    expected = tokens(llm.generate(["a", "b"], GREEDY, use_tqdm=False))
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(llm.generate, ["a", "b"], GREEDY, False) for _ in range(6)]
+    assert [tokens(call.result()) for call in calls] == [expected] * 6
 
 
 WRONG_CALLS = [

@@ -31,13 +31,14 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """The queues, the KV blocks, and how often a sequence was preempted since the start."""
+    """The queues and the KV blocks now; preemptions and generated tokens since the start."""
 
     num_running: int
     num_waiting: int
     num_free_blocks: int
     num_blocks: int
     num_preemptions: int
+    num_generated_tokens: int
 
 
 class Engine:
@@ -66,6 +67,7 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._seed = seed
         self._num_added = 0
+        self._num_generated_tokens = 0
         self._requests: dict[str, Request] = {}
 
     def add_request(
@@ -153,8 +155,10 @@ class Engine:
             num_free_blocks=scheduler.pool.num_free,
             num_blocks=scheduler.pool.num_blocks,
             num_preemptions=scheduler.num_preemptions,
+            num_generated_tokens=self._num_generated_tokens,
         )
 
+    @torch.inference_mode()
     def _run(self, batch: Batch) -> tuple[StepLogits, Sampled]:
         step = self._runner.run(batch)
         for rows in step.prompts:
@@ -193,6 +197,7 @@ class Engine:
     def _append(self, sequence: Sequence, token_id: int, ranked: list[RankedToken] | None) -> None:
         """Adds a sampled token, and ends the sequence where the token, the text or a length does."""
         sequence.token_ids.append(token_id)
+        self._num_generated_tokens += 1
         if ranked is not None:
             sequence.logprobs.append(self._logprobs(ranked))
             sequence.cumulative_logprob += next(r.logprob for r in ranked if r.token_id == token_id)
