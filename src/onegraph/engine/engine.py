@@ -138,6 +138,7 @@ class Engine:
         for sequence in request.sequences:
             if not sequence.finished:
                 self._finish(sequence, Stop("abort"))
+        request.finished_s = time.monotonic()
         return self._output(request)
 
     def reset(self) -> None:
@@ -158,15 +159,15 @@ class Engine:
             num_generated_tokens=self._num_generated_tokens,
         )
 
-    @torch.inference_mode()
     def _run(self, batch: Batch) -> tuple[StepLogits, Sampled]:
-        step = self._runner.run(batch)
-        for rows in step.prompts:
-            self._rank_prompt(step, rows)
-        if not step.sequences:
-            return step, Sampled([], [], frozenset())
-        all_rows = len(step.rows) == step.logits.shape[0]
-        return step, self._sampler(step.logits if all_rows else step.logits[list(step.rows)], step.sequences)
+        with torch.inference_mode():
+            step = self._runner.run(batch)
+            for rows in step.prompts:
+                self._rank_prompt(step, rows)
+            if not step.sequences:
+                return step, Sampled([], [], frozenset())
+            all_rows = len(step.rows) == step.logits.shape[0]
+            return step, self._sampler(step.logits if all_rows else step.logits[list(step.rows)], step.sequences)
 
     def _postprocess(self, batch: Batch, step: StepLogits, sampled: Sampled) -> list[RequestOutput]:
         self._scheduler.computed(batch)

@@ -63,16 +63,17 @@ def plan_kv_cache(
     max_num_seqs: int,
     max_model_len: int,
     num_kv_blocks: int | None,
-    available_bytes: Callable[[], int],
+    available_bytes: Callable[[], int | None],
 ) -> KVCachePlan:
     """Sizes the cache: what was asked for, else what all sequences can use, within a fraction of the memory.
 
-    Errors: `ConfigError` when not even one block fits, or what was asked for is more than there is.
+    `available_bytes` gives None where the memory can't be known. Errors: `ConfigError` when it isn't and nothing was
+    asked for, when not even one block fits, or when what was asked for is more than there is.
     """
     block_bytes = sum(layer.num_bytes(block_size) for layer in layers)
     available = available_bytes()
     if num_kv_blocks is not None:
-        if num_kv_blocks * block_bytes > available:
+        if available is not None and num_kv_blocks * block_bytes > available:
             raise ConfigError(
                 f"num_kv_blocks={num_kv_blocks} needs {num_kv_blocks * block_bytes / 2**20:.0f} MiB, "
                 f"but {available / 2**20:.0f} MiB of memory are available",
@@ -80,6 +81,12 @@ def plan_kv_cache(
                 hint=f"give at most num_kv_blocks={available // block_bytes}, or leave it out",
             )
         return KVCachePlan(num_kv_blocks, block_size, block_bytes, "as asked by num_kv_blocks")
+    if available is None:
+        raise ConfigError(
+            "the available memory can't be read on this machine",
+            where="sizing the KV cache",
+            hint="set num_kv_blocks",
+        )
     wanted = max_num_seqs * -(-max_model_len // block_size)
     fitting = int(available * KV_MEMORY_FRACTION) // block_bytes
     if fitting < 1:
@@ -112,23 +119,28 @@ def allocate_kv_caches(layers: Sequence[LayerKV], plan: KVCachePlan) -> KVCaches
 
 def _zeros_on_demand(layer: LayerKV, plan: KVCachePlan) -> Tensor:
     shape = (plan.num_blocks, plan.block_size, layer.num_kv_heads, layer.head_dim)
-    pages = mmap.mmap(-1, prod(shape) * layer.dtype.itemsize)
+    try:
+        pages = mmap.mmap(-1, prod(shape) * layer.dtype.itemsize)
+    except OSError as error:  # a machine that does not overcommit
+        raise ConfigError(
+            f"no memory for the KV cache, {plan}: {error}",
+            where="the KV cache",
+            hint=f"give fewer num_kv_blocks than {plan.num_blocks}",
+        ) from error
     return torch.frombuffer(pages, dtype=layer.dtype).view(shape)
 
 
-def available_host_bytes(root: Path = Path("/")) -> int:
+def available_host_bytes(root: Path = Path("/")) -> int | None:
     """Memory that this process can still take: the kernel's estimate, within the limit of its control group.
+
+    None where the kernel does not say.
 
     Source: proc(5) MemAvailable; cgroup v2 memory.max, memory.current and memory.stat (file cache that the
     kernel can take back counts as available).
     """
     available = _field(root / "proc/meminfo", "MemAvailable:")
     if available is None:
-        raise ConfigError(
-            f"the available memory is not known: {root}proc/meminfo has no MemAvailable",
-            where="sizing the KV cache",
-            hint="set num_kv_blocks",
-        )
+        return None
     available *= 1024
     group = root / "sys/fs/cgroup"
     try:

@@ -47,7 +47,7 @@ def resolve_limits(
     *,
     model_len: int,
     layers: Sequence[LayerKV],
-    available_bytes: Callable[[], int] = available_host_bytes,
+    available_bytes: Callable[[], int | None] = available_host_bytes,
 ) -> Limits:
     """Works out the limits; `model_len` is the longest text that the model was made for."""
     asked_len = config.max_model_len

@@ -23,9 +23,7 @@ from onegraph.engine.text import Text
 from onegraph.models import BUILTIN_MODEL, LoadedModel, load_model
 
 WARM_UP_TOKENS = 16
-"""Rows of the example that the model is captured on; any number would do, since sizes never reach the
-compiler.
-"""
+"""Rows of the example that the model is captured on; any number would do, since sizes never reach the compiler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +40,7 @@ class Started:
 
 
 def start_engine(config: EngineConfig) -> Started:
-    """Loads, compiles (or loads what was compiled before) and assembles; progress bars where stderr is a
-    terminal.
+    """Loads, compiles (or loads what was compiled before) and assembles; shows bars where stderr is a terminal.
 
     Errors: ConfigError, ModelError, and what compiling raises.
     """
@@ -89,8 +86,10 @@ def vocab_size(config: Any) -> int:
 
 
 def eos_token_ids(model: LoadedModel) -> frozenset[int]:
-    """The tokens that end a text, from the first place that names them, as transformers' `generate` does: the
-    generation config, the model's config, the tokenizer."""
+    """The tokens that end a text, from the first place that names them, as transformers' `generate` does.
+
+    The places: the generation config, the model's config, the tokenizer.
+    """
     for source in (model.generation_config, model.config.get_text_config(), model.tokenizer):
         ids = getattr(source, "eos_token_id", None)
         if ids is not None:
@@ -102,9 +101,11 @@ def eos_token_ids(model: LoadedModel) -> frozenset[int]:
 def _bar(title: str, num_steps: int) -> Iterator[Callable[[str], None]]:
     """A bar for one stage of the start, which is told each step as it begins; for terminals only."""
     with tqdm(desc=title, total=num_steps, unit="step", disable=None, leave=False) as bar:
+        begun: list[str] = []
 
         def begin(step: str) -> None:
-            bar.set_postfix_str(step, refresh=False)
-            bar.update()
+            bar.update(1 if begun else 0)  # the step before is done
+            bar.set_postfix_str(step)
+            begun.append(step)
 
         yield begin

@@ -20,7 +20,7 @@ LAYERS = [LayerKV(2, 8, torch.bfloat16), LayerKV(1, 8, torch.float32)]
 BLOCK_BYTES = 16 * (2 * 2 * 8 * 2 + 2 * 1 * 8 * 4)
 
 
-def plan(available: int, **changes) -> KVCachePlan:
+def plan(available: int | None, **changes) -> KVCachePlan:
     arguments = {"block_size": 16, "max_num_seqs": 4, "max_model_len": 100, "num_kv_blocks": None} | changes
     return plan_kv_cache(LAYERS, available_bytes=lambda: available, **arguments)
 
@@ -65,8 +65,13 @@ def test_the_memory_that_is_there(tmp_path: Path):
     assert available_host_bytes(tmp_path) == 900
     (group / "memory.stat").write_text("anon 1\ninactive_file 30\n")
     assert available_host_bytes(tmp_path) == 930
-    with pytest.raises(ConfigError, match="MemAvailable"):
-        available_host_bytes(tmp_path / "nothing")
+    assert available_host_bytes(tmp_path / "nothing") is None
+
+
+def test_where_the_memory_is_not_known_the_blocks_must_be_given():
+    with pytest.raises(ConfigError, match="num_kv_blocks"):
+        plan(None)
+    assert plan(None, num_kv_blocks=5).num_blocks == 5
 
 
 def limits(model_len: int = 100, **config):
