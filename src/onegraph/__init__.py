@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from onegraph.version import __version__
+
 if TYPE_CHECKING:
     from onegraph import errors as errors
     from onegraph.api import compile as compile
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from onegraph.config.compilation import CUDAGraphMode as CUDAGraphMode
     from onegraph.llm import LLM as LLM
     from onegraph.llm import SamplingParams as SamplingParams
-
-__version__ = "0.1.0"
 
 __all__ = [
     "LLM",

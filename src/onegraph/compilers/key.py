@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import onegraph
+import onegraph.version
 from onegraph.compilers.graph_text import graph_text
 from onegraph.ir.key import Key, Unkeyable
 from onegraph.ir.piece import Piece
@@ -44,7 +44,7 @@ def piece_key(piece: Piece, region: Region | None, target: Target, options: dict
             "git": torch.version.git_version,
             **torch_state.compile_state(),
         },
-        "onegraph": {"version": onegraph.__version__, "code": own_code_digest()},
+        "onegraph": {"version": onegraph.version.__version__, "code": own_code_digest()},
         "python": f"{platform.python_implementation()} {sys.version_info.major}.{sys.version_info.minor}",
         "target": {"name": target.name, **target.fingerprint()},
     }
@@ -63,7 +63,7 @@ def _without_names(region: Region) -> dict[str, Any]:
 @cache
 def own_code_digest() -> str:
     """The digest of our own code that turns a graph into an artifact: an edit of it never meets old artifacts."""
-    root = Path(onegraph.__file__).parent
+    root = Path(onegraph.version.__file__).parent
     digest = hashlib.sha256()
     for folder in ("compilers", "targets", "torch_compat", "ops"):
         for path in sorted((root / folder).rglob("*")):

@@ -95,7 +95,9 @@ def probe_attention(
     """Notes what one layer asks for. Raises ModelError for what the ops don't do, by its name."""
     layer = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
     if attention_mask is not None:
-        raise ModelError("the model passes an attention mask of its own, which paged attention doesn't take", where=layer)
+        raise ModelError(
+            "the model passes an attention mask of its own, which paged attention doesn't take", where=layer
+        )
     for name, given in kwargs.items():
         neutral = _NEUTRAL.get(name, ())
         if name in _UNDERSTOOD or given is None or neutral is None or given in neutral:

@@ -46,9 +46,9 @@ def paged_attention(
         blocks = block_tables[torch.tensor(decoding), : -(-longest // k_cache.shape[1])]
         keys, values = _gather(k_cache, blocks, longest), _gather(v_cache, blocks, longest)
         positions = seq_lens[torch.tensor(decoding)].long()[:, None] - 1
-        out[rows] = _attend(
-            q[rows][:, None], keys, values, positions, scale, sliding_window, logit_softcap, sinks
-        )[:, 0]
+        out[rows] = _attend(q[rows][:, None], keys, values, positions, scale, sliding_window, logit_softcap, sinks)[
+            :, 0
+        ]
     for r, length in enumerate(lengths):
         first, last = starts[r], starts[r + 1]
         if last - first < 2:

@@ -1,0 +1,33 @@
+"""`onegraph explain`: compiles or loads a model, and tells how."""
+
+from __future__ import annotations
+
+import json
+
+from onegraph.cli.flags import Parser, add_model_flags, engine_config, llm_arguments, split_compilation_words
+
+EXAMPLE = """example:
+  onegraph explain --json | jq '.pieces[0].ranges'
+"""
+
+
+def main(words: list[str]) -> int:
+    """See `onegraph explain --help`."""
+    rest, compilation = split_compilation_words(words)
+    parser = Parser(
+        prog="onegraph explain",
+        description="Loads and compiles a model, and tells the config with why, stages with seconds, dims, pieces "
+        "and whether the compile cache had them, and what the captured graph assumes.",
+        epilog=EXAMPLE,
+    )
+    add_model_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print facts as JSON")
+    parser.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
+    options = parser.parse_known_words(rest)
+    config = engine_config(options, compilation)
+
+    from onegraph import LLM
+
+    explanation = LLM(**llm_arguments(config)).explain()
+    print(json.dumps(explanation.to_dict(), indent=1) if options.json else str(explanation))
+    return 0

@@ -1,0 +1,78 @@
+"""`onegraph COMMAND …`: finds the command, runs it, and turns errors into one readable block and an exit code.
+
+Exit codes: 0 fine, 1 the thing asked for failed or is false, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from onegraph import __version__
+from onegraph.cli import config, doctor, explain, run
+from onegraph.cli.flags import UsageError
+from onegraph.errors import ConfigError, OnegraphError, nearest
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "run": (run.main, "generate text for prompts, offline"),
+    "explain": (explain.main, "how a model is compiled: stages, ledger, pieces, config and why"),
+    "config": (config.main, "the effective values of all settings, and why each is what it is"),
+    "doctor": (doctor.main, "check the toolchain, torch, the device and permissions"),
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs a command line (without the program's name) and gives its exit code."""
+    given = list(sys.argv[1:] if words is None else words)
+    verbose = "--verbose" in given
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if given else 2
+    if given[0] in ("-V", "--version"):
+        print(f"onegraph {__version__}")
+        return 0
+    try:
+        if given[0] not in COMMANDS:
+            raise UsageError(f"onegraph: there is no command {given[0]!r}; {nearest(given[0], COMMANDS)}")
+        return COMMANDS[given[0]][0]([word for word in given[1:] if word != "--verbose"])
+    except UsageError as error:
+        return _failed(str(error), 2, verbose)
+    except ConfigError as error:
+        return _failed(f"onegraph: {error}", 2, verbose)
+    except OnegraphError as error:
+        return _failed(f"onegraph: {error}", 1, verbose)
+    except KeyboardInterrupt:
+        return _failed("onegraph: interrupted", 1, verbose)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone: nothing to tell it
+        return 1
+
+
+def _failed(message: str, code: int, verbose: bool) -> int:
+    if verbose:
+        import traceback
+
+        traceback.print_exc()
+    print(message, file=sys.stderr)
+    return code
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"onegraph {__version__}: a torch.compile stack for LLM inference",
+            "",
+            "usage: onegraph COMMAND [MODEL] [flags]",
+            "",
+            *lines,
+            "",
+            "onegraph COMMAND --help tells the flags. Example:",
+            '  onegraph run --prompt "def " --max-tokens 40',
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
