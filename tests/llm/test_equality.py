@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from onegraph import LLM, SamplingParams
+from tests.reference import MAX_TIES, expected, is_tie
 
-TIE_TOLERANCE = 1e-4
-"""Two tokens whose fp64 logits are nearer than this may come in either order in fp32."""
-MAX_TIES = 0.01
 MAX_TOKENS = 16
 
 
@@ -23,38 +21,10 @@ def prompts(number: int = 8) -> list[list[int]]:
     return [*made, made[-1] + [1, 2], made[-1][:20], made[-1]]
 
 
-def expected(reference: Any, prompt: list[int], max_tokens: int, **generate: Any) -> list[int]:
-    """What transformers' own generate continues with."""
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        out = reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            **generate,
-        )
-    return out[0, len(prompt) :].tolist()
-
-
 @pytest.fixture(scope="module")
 def greedy(reference: Any) -> list[tuple[list[int], list[int]]]:
     """Prompts with what transformers continues them with."""
     return [(prompt, expected(reference, prompt, MAX_TOKENS)) for prompt in prompts()]
-
-
-def is_tie(reference64: Any, prompt: list[int], got: list[int], want: list[int]) -> bool:
-    """False where they are equal; True for a first difference between equally likely tokens; else fails."""
-    at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), None)
-    if at is None:
-        assert len(got) == len(want)
-        return False
-    with torch.no_grad():
-        logits = reference64(torch.tensor([prompt + want[:at]])).logits[0, -1]
-    difference = abs(float(logits[got[at]] - logits[want[at]]))
-    assert difference < TIE_TOLERANCE, f"token {at} is {got[at]}, not {want[at]}; logits differ by {difference}"
-    return True
 
 
 SETTINGS = [
