@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 TIE_TOLERANCE = 1e-4
 """Two tokens whose fp64 logits are nearer than this may come in either order in fp32."""
 MAX_TIES = 0.01
 """At most this share of the generated tokens may be such ties."""
+
+
+def load_reference(folder: Path, dtype: torch.dtype) -> Any:
+    """The model in transformers, with experts in plain ops: the grouped ones have no fp64."""
+    config = AutoConfig.from_pretrained(folder)
+    has_experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts"))
+    experts = {"experts_implementation": "eager"} if has_experts else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **experts).eval()
 
 
 def expected(reference: Any, prompt: list[int], max_tokens: int, **generate: Any) -> list[int]:

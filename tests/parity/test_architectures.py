@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tests.architectures import ARCHITECTURES, make_model
+from tests.reference import MAX_TIES, expected, is_tie, load_reference
 
 from onegraph import LLM, SamplingParams
 from onegraph.counters import counters
-from tests.architectures import ARCHITECTURES, make_model
-from tests.reference import MAX_TIES, expected, is_tie
 
 WAYS = ("eager", "compiled", "warm")
 PROMPT_LENGTHS = (1, 4, 13, 21, 40)
@@ -53,7 +52,7 @@ def case(
 ) -> Case:
     if architecture not in cases:
         folder = make_model(architecture, tmp_path_factory.mktemp(architecture))
-        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        reference = load_reference(folder, torch.float32)
         rng = random.Random(architecture)
         prompts = [[rng.randrange(256) for _ in range(length)] for length in PROMPT_LENGTHS]
         cases[architecture] = Case(
@@ -97,7 +96,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_transformers_own(
     """Against fp64 logits of the same bf16 weights: our error is at most twice transformers' own, or 2% of them."""
     monkeypatch.setenv("ONEGRAPH_CACHE_ROOT", str(tmp_path / "cache"))
     folder = make_model(architecture, tmp_path / "model", dtype=torch.bfloat16)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    theirs = load_reference(folder, torch.bfloat16)
     truth = copy.deepcopy(theirs).double()
     rng = random.Random(architecture)
     prompt = [rng.randrange(256) for _ in range(24)]
