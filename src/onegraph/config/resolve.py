@@ -71,7 +71,7 @@ class Default:
     why: str = "default"
 
 
-_ALWAYS: Mapping[str, Any] = {
+ALWAYS: Mapping[str, Any] = {
     "passes": {},
     "extra_passes": (),
     "eager_pieces": (),
@@ -92,7 +92,7 @@ _ALWAYS: Mapping[str, Any] = {
 }
 
 # What this version can't do yet: the values other than these are refused, with the reason.
-_HONOURED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+HONOURED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "splitting_ops": (((),), "this version compiles the whole graph as one piece"),
     "extra_passes": (((),), "this version runs no passes of its own or of users"),
     "compile_sizes": (((),), "this version makes one artifact for all sizes"),
@@ -131,7 +131,7 @@ def resolve(
         given.update({name: Default(value, "ONEGRAPH_COMPILATION_CONFIG") for name, value in laid_over.items()})
     _refuse_contradictions(given, enforce_eager)
     _refuse_what_cant_be_done(given, rules)
-    values = {name: Default(value) for name, value in _ALWAYS.items()}
+    values = {name: Default(value) for name, value in ALWAYS.items()}
     values.update(_by_level(given, rules, enforce_eager))
     values.update(given)
     downgrades = _lower_defaults(values)
@@ -203,8 +203,8 @@ def _refuse_contradictions(given: Mapping[str, Default], enforce_eager: bool) ->
 
 
 def _refuse_what_cant_be_done(given: Mapping[str, Default], rules: DeviceRules) -> None:
-    for name, (honoured, reason) in _HONOURED.items():
-        if name in given and given[name].value not in honoured and _ALWAYS.get(name) != given[name].value:
+    for name, (honoured, reason) in HONOURED.items():
+        if name in given and given[name].value not in honoured and ALWAYS.get(name) != given[name].value:
             raise ConfigError(
                 f"{name}={_jsonable(given[name].value)} ({given[name].why}) can't be honoured: {reason}",
                 where="configuration",
@@ -228,7 +228,7 @@ def _lower_defaults(values: dict[str, Default]) -> tuple[str, ...]:
     if split.value == () or split.why == "user":
         return ()
     reason = "split at attention isn't in this version: the whole graph is one piece"
-    values["splitting_ops"] = Default((), f"{split.why}, lowered: {_HONOURED['splitting_ops'][1]}")
+    values["splitting_ops"] = Default((), f"{split.why}, lowered: {HONOURED['splitting_ops'][1]}")
     counters.add("downgrades")
     return (reason,)
 

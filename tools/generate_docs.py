@@ -1,0 +1,86 @@
+"""Writes docs/options.md and docs/errors.md from the code that they describe. `--check` only compares.
+
+Takes the declarations of CompilationConfig, EngineConfig's flags, the environment variables and the error
+classes. A test runs the check, so that the pages can't fall behind.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from onegraph import errors
+from onegraph.cli.flags import ENGINE_FLAGS
+from onegraph.config.compilation import FIELDS, CompilationMode, CUDAGraphMode
+from onegraph.config.resolve import ALWAYS, HONOURED
+from onegraph.env import VARIABLES
+
+DOCS = Path(__file__).parents[1] / "docs"
+HEAD = "<!-- Written by tools/generate_docs.py; edit the code, then run it. -->\n"
+
+
+def options_page() -> str:
+    """Flags, fields, levels and variables, one table each."""
+    lines = [HEAD, "# Options", ""]
+    lines += ["`onegraph config [flags]` prints the effective value of each and why it has it.", ""]
+    lines += [
+        "## Compilation",
+        "",
+        "In Python `CompilationConfig(FIELD=...)`, on the command line `-O.FIELD=VALUE`.",
+        "",
+    ]
+    lines += ["| field | values | default | affects | what it does | in this version |", "|---|---|---|---|---|---|"]
+    for name, info in FIELDS.items():
+        values = ", ".join(f"`{choice}`" for choice in info.choices) or info.kind
+        default = f"`{ALWAYS[name]!r}`" if name in ALWAYS else "by level"
+        limit = HONOURED[name][1] if name in HONOURED else ""
+        lines.append(f"| `{name}` | {values} | {default} | {info.affects} | {info.doc} | {limit} |")
+    lines += ["", "## Levels", "", "| level | mode | backend | more |", "|---|---|---|---|"]
+    lines += [
+        "| `-O0` | NONE | eager | |",
+        "| `-O1` | DYNAMO_TRACE_ONCE | inductor | |",
+        "| `-O2` (default) | ONEGRAPH | inductor | |",
+        "| `-O3` | ONEGRAPH | inductor | `max_autotune` |",
+        "",
+        f"Modes: {', '.join(f'{m.name} = {m.value}' for m in CompilationMode)}. "
+        f"CUDA graph modes: {', '.join(m.name for m in CUDAGraphMode)}; on a CPU only NONE.",
+        "",
+        "## Engine",
+        "",
+        "In Python arguments of `LLM`, on the command line `--name`; dashes and underscores are equal.",
+        "",
+        "| flag | what it does |",
+        "|---|---|",
+    ]
+    lines += [f"| `--{flag.field.replace('_', '-')}` | {flag.help} |" for flag in ENGINE_FLAGS]
+    lines += ["", "## Environment", "", "| variable | what it does |", "|---|---|"]
+    lines += [f"| `{name}` | {text} |" for name, text in VARIABLES.items()]
+    return "\n".join(lines) + "\n"
+
+
+def errors_page() -> str:
+    """Each error class under its code."""
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.OnegraphError)]
+    lines = [HEAD, "# Errors", "", "Each message says what failed, where, and what to do, behind a stable code.", ""]
+    for error in classes:
+        lines += [f"## {error.code}", "", f"`onegraph.errors.{error.__name__}`: {error.__doc__}", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> int:
+    """Writes the pages, or with `--check` says which are out of date and exits with 1."""
+    stale = []
+    for name, text in (("options.md", options_page()), ("errors.md", errors_page())):
+        path = DOCS / name
+        if not path.exists() or path.read_text() != text:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(text)
+    if "--check" in sys.argv and stale:
+        print(f"out of date: {', '.join(stale)}; run python tools/generate_docs.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
