@@ -2,6 +2,10 @@
 
 Takes kernels as Inductor writes them (a C function named `kernel` below some includes); gives the text of a
 Python extension module that holds each distinct one once, in a namespace of its own.
+
+Inductor decides whether a loop is shared among threads for its hint of a size, which for a dynamic one is large.
+At a size of 1 the threads then only wait for each other, which costs microseconds on an idle machine and
+milliseconds on a busy one; so each parallel region is entered only where its work is worth it.
 """
 
 from __future__ import annotations
@@ -13,6 +17,12 @@ from pathlib import Path
 from onegraph.ir.target import KernelSource
 
 MODULE = "onegraph_kernels"
+_GRAIN = 32768
+"""Elements below which a loop isn't shared among threads: ATen's own grain size."""
+
+_PARALLEL = re.compile(r"#pragma omp parallel(?: num_threads\(\d+\))?$", re.MULTILINE)
+_LOOP = re.compile(r"for\(int64_t (\w+)=[^;]*; *\1 *< *static_cast<int64_t>\(((?:[^()]|\([^()]*\))*)\)")
+_SIZES_ONLY = re.compile(r"(?:\bks\d+\b|\b\d+L?L?\b|[-+*/%() ])+")
 _ENTRY = re.compile(r'extern\s+"C"\s+(?=void\s+kernel\s*\()')
 
 
@@ -26,7 +36,7 @@ def library_source(kernels: Sequence[KernelSource]) -> str:
         identity = (kernel.source, kernel.argtypes)
         if identity not in numbers:
             numbers[identity] = len(numbers)
-            body = _hoist_includes(kernel.source, includes)
+            body = _share_only_large_loops(_hoist_includes(kernel.source, includes))
             bodies.append(_namespaced(numbers[identity], body, kernel.argtypes))
         methods.append(
             f'  {{"{kernel.name}", reinterpret_cast<PyCFunction>(call_{numbers[identity]}), METH_FASTCALL, nullptr}},'
@@ -55,6 +65,26 @@ def _hoist_includes(source: str, includes: dict[str, None]) -> str:
         else:
             lines.append(line)
     return "\n".join(lines).strip("\n")
+
+
+def _share_only_large_loops(body: str) -> str:
+    """Gives each parallel region a condition on its work: the product of the bounds of its loops' variables."""
+    starts = [match.start() for match in _PARALLEL.finditer(body)]
+    for start, end in reversed(list(zip(starts, [*starts[1:], len(body)], strict=True))):
+        region = body[start:end]
+        bounds = list(dict(_LOOP.findall(region)).values())
+        if "ks" not in "".join(bounds) or not all(map(_SIZES_ONLY.fullmatch, bounds)) or _shares_by_hand(region):
+            continue
+        line, newline, rest = region.partition("\n")
+        work = " * ".join(f"({bound})" for bound in bounds)
+        body = f"{body[:start]}{line} if({work} > {_GRAIN}){newline}{rest}{body[end:]}"
+    return body
+
+
+def _shares_by_hand(region: str) -> bool:
+    """Whether the work is divided by thread numbers, so that it is only whole with all of the threads."""
+    uses = re.sub(r"int tid = omp_get_thread_num\(\);|\[tid\]", "", region)
+    return "#pragma omp for" not in region or "tid" in uses or "omp_get_" in uses
 
 
 def _namespaced(number: int, body: str, argtypes: tuple[str, ...]) -> str:
