@@ -525,3 +525,13 @@ def test_copying_a_compiled_model_says_what_to_do() -> None:
     compiled, _ = compiled_tower("eager")
     with pytest.raises(ConfigError, match="can't be pickled"):
         copy.deepcopy(compiled)
+
+
+def test_one_thread_has_kernels_without_parallel_regions() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        compiled = onegraph.compile(lambda x: x * 3 - 1, dynamic_shapes=X, config={"backend": "inductor"})
+        assert torch.equal(compiled(torch.ones(5)), torch.full((5,), 2.0))
+    finally:
+        torch.set_num_threads(threads)

@@ -10,6 +10,7 @@ milliseconds on a busy one; so each parallel region is entered only where its wo
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def _hoist_includes(source: str, includes: dict[str, None]) -> str:
 def _share_only_large_loops(body: str) -> str:
     """Gives each parallel region a condition on its work: the product of the bounds of its loops' variables."""
     starts = [match.start() for match in _PARALLEL.finditer(body)]
-    for start, end in reversed(list(zip(starts, [*starts[1:], len(body)], strict=True))):
+    for start, end in reversed(list(itertools.pairwise([*starts, len(body)]))):
         region = body[start:end]
         bounds = list(dict(_LOOP.findall(region)).values())
         if "ks" not in "".join(bounds) or not all(map(_SIZES_ONLY.fullmatch, bounds)) or _shares_by_hand(region):
