@@ -7,15 +7,25 @@ classes. A test runs the check, so that the pages can't fall behind.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from onegraph import errors
 from onegraph.cli.flags import ENGINE_FLAGS
-from onegraph.config.compilation import FIELDS, CompilationMode, CUDAGraphMode
-from onegraph.config.resolve import ALWAYS, HONOURED
-from onegraph.env import VARIABLES
+from onegraph.config.compilation import FIELDS, CompilationConfig, CompilationMode, CUDAGraphMode
+from onegraph.config.resolve import ALWAYS, DEFAULT_LEVEL, HONOURED, LEVEL_MODES, DeviceRules, resolve
+from onegraph.env import VARIABLES, environment
 
 DOCS = Path(__file__).parents[1] / "docs"
+CPU = DeviceRules("cpu", frozenset({CUDAGraphMode.NONE}), CUDAGraphMode.NONE)
+KINDS = {
+    "int": "whole number",
+    "bool": "true, false",
+    "ints": "list of whole numbers",
+    "ranges": "list of endpoints or pairs",
+    "strs": "list of names",
+    "dict": "object",
+}
 HEAD = "<!-- Written by tools/generate_docs.py; edit the code, then run it. -->\n"
 
 
@@ -31,16 +41,18 @@ def options_page() -> str:
     ]
     lines += ["| field | values | default | affects | what it does | in this version |", "|---|---|---|---|---|---|"]
     for name, info in FIELDS.items():
-        values = ", ".join(f"`{choice}`" for choice in info.choices) or info.kind
+        values = ", ".join(f"`{choice}`" for choice in info.choices) or KINDS[info.kind]
         default = f"`{ALWAYS[name]!r}`" if name in ALWAYS else "by level"
         limit = HONOURED[name][1] if name in HONOURED else ""
         lines.append(f"| `{name}` | {values} | {default} | {info.affects} | {info.doc} | {limit} |")
-    lines += ["", "## Levels", "", "| level | mode | backend | more |", "|---|---|---|---|"]
+    lines += ["", "## Levels", "", "| level | mode | backend | Inductor's options |", "|---|---|---|---|"]
+    plain = replace(environment(), compilation_config=None, compile_cache_save_format=None)
+    for level in range(len(LEVEL_MODES)):
+        at = resolve(CompilationConfig(level=level), rules=CPU, environment=plain)
+        name = f"`-O{level}`" + (" (default)" if level == DEFAULT_LEVEL else "")
+        options = f"`{dict(at.inductor_compile_config)}`" if at.inductor_compile_config else ""
+        lines.append(f"| {name} | {at.mode.name} | {at.backend} | {options} |")
     lines += [
-        "| `-O0` | NONE | eager | |",
-        "| `-O1` | DYNAMO_TRACE_ONCE | inductor | |",
-        "| `-O2` (default) | ONEGRAPH | inductor | |",
-        "| `-O3` | ONEGRAPH | inductor | `max_autotune` |",
         "",
         f"Modes: {', '.join(f'{m.name} = {m.value}' for m in CompilationMode)}. "
         f"CUDA graph modes: {', '.join(m.name for m in CUDAGraphMode)}; on a CPU only NONE.",

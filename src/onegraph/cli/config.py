@@ -36,6 +36,10 @@ def main(words: list[str]) -> int:
         environment=environment(),
         enforce_eager=config.enforce_eager,
     )
+    if resolved.inductor_compile_config:
+        from onegraph.torch_compat.inductor import check_options  # imports Inductor, which takes seconds
+
+        check_options(resolved.inductor_compile_config)
     facts = resolved.to_dict()
     for flag in ENGINE_FLAGS:
         given = getattr(options, flag.field) is not None

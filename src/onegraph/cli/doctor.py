@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import shutil
-import subprocess
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,12 +16,25 @@ from pathlib import Path
 
 from onegraph.cli.flags import Parser
 from onegraph.env import environment
-from onegraph.errors import OnegraphError
+from onegraph.errors import CompileError, OnegraphError
+from onegraph.ir.target import KernelSource
 from onegraph.platform_check import platform_problem, torch_problem
 
 EXAMPLE = """example:
   onegraph doctor --json
 """
+PROBE = KernelSource(
+    name="doctor_probe",
+    argtypes=("const int64_t",),
+    source="""
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C"  void  kernel(const int64_t ks0)
+{
+    #pragma omp parallel for
+    for (int64_t x0 = 0; x0 < ks0; x0++) { auto root = std::sqrt(double(x0)); (void)root; }
+}
+""",
+)
 
 
 @dataclass(frozen=True)
@@ -84,34 +97,41 @@ def _transformers() -> tuple[bool, str]:
 
 
 def _compiler() -> tuple[bool, str]:
-    """Builds, loads and calls a one-line library: a compiler that only answers --version isn't enough."""
-    command = os.path.basename(next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), ""))
-    if not command:
-        return False, "there is no C++ compiler: apt-get install g++ (or use --enforce-eager, which needs none)"
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "a.cpp", Path(folder) / "a.so"
-        source.write_text('#include <omp.h>\nextern "C" int answer() { return omp_get_max_threads() > 0 ? 42 : 0; }\n')
-        built = subprocess.run(
-            [command, "-shared", "-fPIC", "-fopenmp", "-o", str(library), str(source)], capture_output=True, text=True
-        )
-        if built.returncode:
-            return False, f"{command} can't build a library: {(built.stderr.strip().splitlines() or ['no output'])[0]}"
-        import ctypes
+    """Builds, loads and calls a kernel as compiled runs do: a compiler that only answers --version isn't enough."""
+    from onegraph.targets.cpu.target import CpuTarget
+    from onegraph.torch_compat.toolchain import ToolchainMissingError, compiler_version, cpp_compiler
 
-        answer = ctypes.CDLL(str(library)).answer()
-    version = subprocess.run([command, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    return answer == 42, version
+    try:
+        command = cpp_compiler()
+        version = compiler_version(command)
+    except ToolchainMissingError:
+        return False, "no working C++ compiler: apt-get install g++, or use --enforce-eager, which needs none"
+    target = CpuTarget()
+    try:
+        built = target.build_kernels([PROBE])
+    except CompileError as error:
+        package = "python3-dev" if "Python.h" in error.message else "g++"
+        return False, f"{error.message}: apt-get install {package}, or use --enforce-eager, which needs none"
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for name, contents in built.items():
+            files[name] = Path(folder) / name
+            files[name].write_bytes(contents)
+        target.load_kernels(files)[PROBE.name](1)
+    return True, f"{command}: {version}"
 
 
 def _device() -> tuple[bool, str]:
     import torch
 
-    return True, f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    isa, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return True, f"CPU, {isa}, {os.cpu_count()} cores, {threads} threads"
 
 
 def _memory() -> tuple[bool, str]:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return True, f"{total / 2**30:.1f} GiB"
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    return True, f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB unused"
 
 
 def _cache() -> tuple[bool, str]:
@@ -122,20 +142,23 @@ def _cache() -> tuple[bool, str]:
 
     store = Store(current.cache_root)
     store.open_root()
+    mode = stat.S_IMODE(current.cache_root.stat().st_mode)
     free = shutil.disk_usage(current.cache_root).free
-    return True, f"{current.cache_root}, {store.size_bytes() / 2**20:.1f} MiB kept, {free / 2**30:.1f} GiB free"
+    kept = f"{store.size_bytes() / 2**20:.1f} MiB kept, {free / 2**30:.1f} GiB free"
+    return True, f"{current.cache_root}, yours, mode {mode:04o}, {kept}"
 
 
 def _variables() -> tuple[bool, str]:
     current = environment()
-    given = []
-    if current.cache_root_is_explicit:
-        given.append("ONEGRAPH_CACHE_ROOT")
-    if current.disable_compile_cache:
-        given.append("ONEGRAPH_DISABLE_COMPILE_CACHE")
-    if current.compilation_config:
-        given.append("ONEGRAPH_COMPILATION_CONFIG")
-    return True, ", ".join(given) or "none set"
+    given = {
+        "ONEGRAPH_CACHE_ROOT": current.cache_root_is_explicit,
+        "ONEGRAPH_DISABLE_COMPILE_CACHE": current.disable_compile_cache,
+        "ONEGRAPH_COMPILATION_CONFIG": current.compilation_config is not None,
+        "ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT": current.compile_cache_save_format is not None,
+        "ONEGRAPH_LOG_LEVEL": current.log_level != "WARNING",
+        "ONEGRAPH_ALLOW_UNTESTED_TORCH": current.allow_untested_torch,
+    }
+    return True, ", ".join(name for name, is_set in given.items() if is_set) or "none set"
 
 
 CHECKS = (

@@ -108,7 +108,7 @@ def split_compilation_words(words: Sequence[str]) -> tuple[list[str], dict[str, 
             _merge(fields, CompilationConfig.of(value).given())
         elif word.startswith("-O."):
             path, equals, value = word[3:].partition("=")
-            _set(fields, path, value if equals else _following(queue, word))
+            _set(fields, path, value if equals else _value_after(queue, path, word))
         elif word.startswith("-O") and not word.startswith("--"):
             value = word[2:].removeprefix("=") or _following(queue, word)
             _merge(fields, CompilationConfig.of(value).given())
@@ -121,6 +121,14 @@ def _following(queue: list[str], word: str) -> str:
     if not queue:
         raise UsageError(f"{word} needs a value")
     return queue.pop(0)
+
+
+def _value_after(queue: list[str], path: str, word: str) -> str:
+    """The value of `-O.path` that stands in the next word; a switch needs none."""
+    info = FIELDS.get(path.replace("-", "_"))
+    if info is not None and info.kind == "bool" and (not queue or not isinstance(_value(queue[0]), bool)):
+        return "true"
+    return _following(queue, word)
 
 
 def _set(fields: dict[str, Any], path: str, text: str) -> None:

@@ -46,6 +46,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output is gone: nothing to tell it
         return 1
+    except Exception as error:  # noqa: BLE001 - a bug is told in one block too; --verbose shows where
+        message = f"onegraph: unexpected {type(error).__name__}: {error}"
+        return _failed(f"{message}\n  to do: --verbose shows where; please report it", 1, verbose)
 
 
 def _failed(message: str, code: int, verbose: bool) -> int:

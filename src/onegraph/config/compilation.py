@@ -175,7 +175,10 @@ def checked(name: str, value: Any) -> Any:
             raise _wrong(name, value, "true or false")
         return value
     if info.kind == "int":
-        return _whole(name, value, 3 if name == "level" else None)
+        whole = _whole(name, value, 3 if name == "level" else None)
+        if name == "max_num_tokens" and whole == 0:
+            raise _wrong(name, value, "a whole number, 1 or more")
+        return whole
     if info.kind == "ints":
         return tuple(_whole(name, item, None) for item in _items(name, value))
     if info.kind == "ranges":

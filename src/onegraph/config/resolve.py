@@ -17,6 +17,13 @@ from onegraph.env import Environment
 from onegraph.errors import ConfigError
 
 DEFAULT_LEVEL = 2
+LEVEL_MODES = (
+    CompilationMode.NONE,
+    CompilationMode.DYNAMO_TRACE_ONCE,
+    CompilationMode.ONEGRAPH,
+    CompilationMode.ONEGRAPH,
+)
+AUTOTUNED: Mapping[str, Any] = {"max_autotune": True}  # what level 3 adds to Inductor's options
 ATTENTION_OPS = ("onegraph::paged_attention",)
 
 
@@ -95,6 +102,7 @@ ALWAYS: Mapping[str, Any] = {
 HONOURED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "splitting_ops": (((),), "this version compiles the whole graph as one piece"),
     "extra_passes": (((),), "this version runs no passes of its own or of users"),
+    "eager_pieces": (((), (0,)), "this version's graphs are one piece, number 0"),
     "compile_sizes": (((),), "this version makes one artifact for all sizes"),
     "compile_ranges": (((),), "this version makes one artifact for all sizes"),
     "cudagraph_capture_sizes": (((),), "this version makes no recordings"),
@@ -118,23 +126,13 @@ def resolve(
     enforce_eager: bool = False,
 ) -> ResolvedConfig:
     """Works out the effective values. Raises ConfigError for what contradicts itself or can't be honoured."""
-    given = {name: Default(value, "user") for name, value in config.given().items()}
-    if environment.compile_cache_save_format is not None:
-        given["compile_cache_save_format"] = Default(
-            CompilationConfig.of({"compile_cache_save_format": environment.compile_cache_save_format}).given()[
-                "compile_cache_save_format"
-            ],
-            "ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT",
-        )
-    if environment.compilation_config is not None:
-        laid_over = CompilationConfig.of(environment.compilation_config).given()
-        given.update({name: Default(value, "ONEGRAPH_COMPILATION_CONFIG") for name, value in laid_over.items()})
-    _refuse_contradictions(given, enforce_eager)
+    given = _asked(config, environment)
     _refuse_what_cant_be_done(given, rules)
-    values = {name: Default(value) for name, value in ALWAYS.items()}
-    values.update(_by_level(given, rules, enforce_eager))
-    values.update(given)
-    downgrades = _lower_defaults(values)
+    levels = _by_level(given, rules, enforce_eager)
+    _refuse_contradictions(given, levels["mode"], enforce_eager)
+    values = {name: Default(value) for name, value in ALWAYS.items()} | levels | given
+    values["inductor_compile_config"] = _autotuned(values)
+    downgrades = _lower_defaults(values, given)
     return ResolvedConfig(
         **{name: values[name].value for name in FIELDS},
         why={name: values[name].why for name in FIELDS},
@@ -142,46 +140,54 @@ def resolve(
     )
 
 
+def _asked(config: CompilationConfig, environment: Environment) -> dict[str, Default]:
+    """What the user and, over it, the environment ask for. Objects are merged key by key."""
+    asked = {name: Default(value, "user") for name, value in config.given().items()}
+    save_format = environment.compile_cache_save_format
+    for source, settings in (
+        ("ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT", {"compile_cache_save_format": save_format} if save_format else {}),
+        ("ONEGRAPH_COMPILATION_CONFIG", environment.compilation_config or {}),
+    ):
+        for name, value in CompilationConfig.of(settings).given().items():
+            under = asked.get(name)
+            if under is not None and FIELDS[name].kind == "dict":
+                asked[name] = Default({**under.value, **value}, f"{under.why}, {source}")
+            else:
+                asked[name] = Default(value, source)
+    return asked
+
+
 def _by_level(given: Mapping[str, Default], rules: DeviceRules, enforce_eager: bool) -> dict[str, Default]:
     level = given.get("level", Default(DEFAULT_LEVEL))
-    why = f"level -O{level.value}" if level.why != "default" else f"level -O{level.value} (default)"
-    modes = (
-        CompilationMode.NONE,
-        CompilationMode.DYNAMO_TRACE_ONCE,
-        CompilationMode.ONEGRAPH,
-        CompilationMode.ONEGRAPH,
-    )
-    mode = Default(CompilationMode.NONE, "enforce_eager") if enforce_eager else Default(modes[level.value], why)
+    why = f"level -O{level.value}" if "level" in given else f"level -O{level.value} (default)"
+    mode = Default(CompilationMode.NONE, "enforce_eager") if enforce_eager else Default(LEVEL_MODES[level.value], why)
     mode = given.get("mode", mode)
+    because = f"mode={mode.value.name}"
     uncompiled = mode.value is CompilationMode.NONE
-    backend = Default("eager", f"mode={mode.value.name}") if uncompiled else Default("inductor", why)
-    split = (
-        Default(ATTENTION_OPS, why)
-        if mode.value is CompilationMode.ONEGRAPH
-        else Default((), f"mode={mode.value.name}")
-    )
     cudagraphs = Default(rules.default_cudagraph_mode, f"device rule: {rules.device}")
     if enforce_eager or level.value < 2:
         cudagraphs = Default(CUDAGraphMode.NONE, "enforce_eager" if enforce_eager else why)
-    found = {
+    return {
         "level": level,
         "mode": mode,
-        "backend": backend,
-        "splitting_ops": split,
+        "backend": Default("eager", because) if uncompiled else Default("inductor", why),
+        "splitting_ops": (
+            Default(ATTENTION_OPS, why) if mode.value is CompilationMode.ONEGRAPH else Default((), because)
+        ),
         "cudagraph_mode": cudagraphs,
     }
-    if level.value == 3 and backend.value == "inductor":
-        options = given.get("inductor_compile_config", Default({})).value
-        found["inductor_compile_config"] = Default({"max_autotune": True}, why)
-        if options:  # the user's options go over the level's
-            given["inductor_compile_config"] = Default(  # type: ignore[index]
-                {"max_autotune": True, **options}, f"{why}, user"
-            )
-    return found
 
 
-def _refuse_contradictions(given: Mapping[str, Default], enforce_eager: bool) -> None:
-    mode, backend = given.get("mode"), given.get("backend")
+def _autotuned(values: Mapping[str, Default]) -> Default:
+    """Inductor's options, with what -O3 adds under those that were asked for."""
+    asked, level = values["inductor_compile_config"], values["level"]
+    if level.value < 3 or values["backend"].value != "inductor":
+        return asked
+    why = "level -O3" if asked.why == "default" else f"level -O3, {asked.why}"
+    return Default({**AUTOTUNED, **asked.value}, why)
+
+
+def _refuse_contradictions(given: Mapping[str, Default], mode: Default, enforce_eager: bool) -> None:
     if enforce_eager:
         for name, neutral in (
             ("mode", CompilationMode.NONE),
@@ -194,11 +200,12 @@ def _refuse_contradictions(given: Mapping[str, Default], enforce_eager: bool) ->
                     where="configuration",
                     hint="leave one of the two out",
                 )
-    if mode is not None and mode.value is CompilationMode.NONE and backend is not None and backend.value != "eager":
+    backend = given.get("backend")
+    if mode.value is CompilationMode.NONE and backend is not None and backend.value != "eager":
         raise ConfigError(
-            f"mode=NONE compiles nothing, and backend={backend.value} ({backend.why}) asks for a compiler",
+            f"mode=NONE ({mode.why}) compiles nothing, and backend={backend.value} ({backend.why}) asks for a compiler",
             where="configuration",
-            hint="leave one of the two out",
+            hint="leave one of the two out, or give mode=ONEGRAPH too",
         )
 
 
@@ -223,9 +230,9 @@ def _refuse_what_cant_be_done(given: Mapping[str, Default], rules: DeviceRules) 
         )
 
 
-def _lower_defaults(values: dict[str, Default]) -> tuple[str, ...]:
+def _lower_defaults(values: dict[str, Default], given: Mapping[str, Default]) -> tuple[str, ...]:
     split = values["splitting_ops"]
-    if split.value == () or split.why == "user":
+    if split.value == () or "splitting_ops" in given:
         return ()
     reason = "split at attention isn't in this version: the whole graph is one piece"
     values["splitting_ops"] = Default((), f"{split.why}, lowered: {HONOURED['splitting_ops'][1]}")
