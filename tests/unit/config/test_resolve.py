@@ -1,0 +1,177 @@
+"""Effective values: their order, their reasons, and what is refused or lowered."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from onegraph.config.compilation import FIELDS, CompilationConfig, CompilationMode, CUDAGraphMode
+from onegraph.config.resolve import ALWAYS, HONOURED, DeviceRules, ResolvedConfig, resolve
+from onegraph.counters import counters
+from onegraph.env import environment
+from onegraph.errors import ConfigError
+
+CPU = DeviceRules("cpu", frozenset({CUDAGraphMode.NONE}), CUDAGraphMode.NONE)
+RECORDING = DeviceRules("fake", frozenset(CUDAGraphMode), CUDAGraphMode.FULL_AND_PIECEWISE)
+
+
+def resolved(
+    fields: Any = None, *, env: dict[str, Any] | None = None, rules: DeviceRules = CPU, enforce_eager: bool = False
+) -> ResolvedConfig:
+    return resolve(
+        CompilationConfig.of(fields),
+        rules=rules,
+        environment=replace(environment(), compilation_config=env),
+        enforce_eager=enforce_eager,
+    )
+
+
+@pytest.mark.parametrize(
+    ("level", "mode", "backend", "options"),
+    [
+        (0, CompilationMode.NONE, "eager", {}),
+        (1, CompilationMode.DYNAMO_TRACE_ONCE, "inductor", {}),
+        (2, CompilationMode.ONEGRAPH, "inductor", {}),
+        (3, CompilationMode.ONEGRAPH, "inductor", {"max_autotune": True}),
+    ],
+)
+def test_levels(level: int, mode: CompilationMode, backend: str, options: dict[str, bool]) -> None:
+    config = resolved(level)
+    assert (config.mode, config.backend, config.inductor_compile_config) == (mode, backend, options)
+    assert config.why["mode"] == f"level -O{level}"
+
+
+def test_the_default_is_level_2() -> None:
+    config = resolved()
+    assert config.level == 2
+    assert config.why["mode"] == "level -O2 (default)"
+
+
+def test_levels_below_2_record_nothing() -> None:
+    assert resolved(1, rules=RECORDING).cudagraph_mode is CUDAGraphMode.NONE
+    assert resolved(2, rules=RECORDING).cudagraph_mode is CUDAGraphMode.FULL_AND_PIECEWISE
+
+
+def test_the_user_goes_over_the_level_and_the_environment_over_both() -> None:
+    config = resolved({"level": 1, "backend": "eager", "max_num_tokens": 5}, env={"backend": "aot_eager"})
+    assert (config.backend, config.why["backend"]) == ("aot_eager", "ONEGRAPH_COMPILATION_CONFIG")
+    assert (config.max_num_tokens, config.why["max_num_tokens"]) == (5, "user")
+    assert config.why["mode"] == "level -O1"
+
+
+def test_objects_are_merged_key_by_key() -> None:
+    config = resolved(
+        {"level": 3, "inductor_compile_config": {"cpp.threads": 1, "max_autotune": False}},
+        env={"inductor_compile_config": {"cpp.threads": 2}},
+    )
+    assert config.inductor_compile_config == {"cpp.threads": 2, "max_autotune": False}
+    assert config.why["inductor_compile_config"] == "level -O3, user, ONEGRAPH_COMPILATION_CONFIG"
+
+
+def test_the_save_format_variable() -> None:
+    with pytest.raises(ConfigError, match=r"compile_cache_save_format=unpacked \(ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT\)"):
+        resolve(
+            CompilationConfig(),
+            rules=CPU,
+            environment=replace(environment(), compile_cache_save_format="unpacked"),
+        )
+
+
+def test_enforce_eager_compiles_nothing_at_any_level() -> None:
+    config = resolved(3, enforce_eager=True, rules=RECORDING)
+    assert (config.mode, config.backend) == (CompilationMode.NONE, "eager")
+    assert config.cudagraph_mode is CUDAGraphMode.NONE
+    assert config.inductor_compile_config == {}
+    assert config.why["mode"] == "enforce_eager"
+
+
+@pytest.mark.parametrize(
+    ("fields", "env", "enforce_eager", "both"),
+    [
+        ({"mode": 3}, None, True, ("enforce_eager", "mode=ONEGRAPH")),
+        ({"backend": "inductor"}, None, True, ("enforce_eager", "backend=inductor")),
+        ({"cudagraph_mode": "FULL"}, None, True, ("enforce_eager", "cudagraph_mode=FULL")),
+        ({"mode": 0, "backend": "inductor"}, None, False, ("mode=NONE (user)", "backend=inductor (user)")),
+        ({"level": 0, "backend": "aot_eager"}, None, False, ("mode=NONE (level -O0)", "backend=aot_eager")),
+        ({"mode": 0}, {"backend": "inductor"}, False, ("mode=NONE", "inductor (ONEGRAPH_COMPILATION_CONFIG)")),
+    ],
+)
+def test_contradictions_name_both(fields: Any, env: Any, enforce_eager: bool, both: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(fields, env=env, enforce_eager=enforce_eager, rules=RECORDING)
+    assert all(name in str(caught.value) for name in both)
+
+
+def test_what_says_the_same_is_no_contradiction() -> None:
+    config = resolved({"mode": 0, "backend": "eager", "cudagraph_mode": "NONE"}, enforce_eager=True)
+    assert config.why["mode"] == "user"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"splitting_ops": ["onegraph::paged_attention"]},
+        {"extra_passes": ["module:Class"]},
+        {"passes": {"fuse_add": False}},
+        {"eager_pieces": [3, 7]},
+        {"compile_sizes": [1]},
+        {"compile_ranges": [[1, 8]]},
+        {"cudagraph_mode": "PIECEWISE"},
+        {"cudagraph_capture_sizes": [1, 2]},
+        {"cudagraph_check": "always"},
+        {"cudagraph_lazy": True},
+        {"cudagraph_debug": True},
+        {"on_memory_change": "rerecord"},
+        {"dynamic_shapes": "backed"},
+        {"dynamic_shapes": "backed_size_oblivious"},
+        {"on_constraint": "split"},
+        {"on_state_change": "error"},
+        {"freeze": True},
+        {"compile_cache_save_format": "unpacked"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_this_version_cannot_do_is_refused_when_asked(fields: dict[str, Any]) -> None:
+    name = next(iter(fields))
+    with pytest.raises(ConfigError, match="can't be honoured|there is no pass") as caught:
+        resolved(fields)
+    assert name in str(caught.value) or name == "passes"
+    with pytest.raises(ConfigError):
+        resolved(env=fields)
+
+
+@pytest.mark.parametrize("name", [name for name in HONOURED if name in ALWAYS])
+def test_asking_for_what_is_done_anyway_is_fine(name: str) -> None:
+    config = resolved({name: ALWAYS[name]})
+    assert getattr(config, name) == ALWAYS[name]
+    assert config.why[name] == "user"
+
+
+def test_the_piece_that_there_is_can_run_uncompiled() -> None:
+    assert resolved({"eager_pieces": [0]}).eager_pieces == (0,)
+
+
+def test_a_default_that_cannot_be_had_is_lowered_told_and_counted() -> None:
+    with counters.expect(downgrades=1):
+        config = resolved()
+    assert config.splitting_ops == ()
+    assert "lowered" in config.why["splitting_ops"]
+    assert len(config.downgrades) == 1
+
+
+@pytest.mark.parametrize("fields", [{"splitting_ops": []}, {"level": 1}, {"mode": 0}])
+def test_nothing_is_lowered_that_was_not_wanted(fields: dict[str, Any]) -> None:
+    with counters.expect(downgrades=0):
+        assert resolved(fields).downgrades == ()
+    with counters.expect(downgrades=0):
+        resolved(env=fields)
+
+
+def test_every_field_has_a_reason_and_prints_as_json() -> None:
+    facts = resolved({"compile_sizes": []}).to_dict()
+    assert list(facts) == list(FIELDS)
+    assert all(item["why"] for item in facts.values())
+    assert json.loads(json.dumps(facts))["mode"] == {"value": "ONEGRAPH", "why": "level -O2 (default)"}
