@@ -35,7 +35,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, **_EXPERTS},
     "mistral": {"sliding_window": 8},
     "mixtral": {"num_local_experts": 4, "sliding_window": 8, **_EXPERTS},
-    "gemma2": {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0, **_WINDOWED},
+    "gemma2": {
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 20.0,
+        "final_logit_softcapping": 10.0,
+        **_WINDOWED,
+    },
     "gemma3_text": {"query_pre_attn_scalar": 16, **_WINDOWED},
     "phi3": {"sliding_window": 8},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 96},

@@ -126,9 +126,13 @@ def open_store() -> Store | None:
 
 
 class _InstanceSlot:
-    """Holds the compiled model of one decorated instance. A copy or pickle of the instance starts without one."""
+    """Holds the compiled model of one decorated instance. A copy or pickle of the instance starts without one.
 
-    def __init__(self) -> None:
+    `owner` is the id of the instance: a shallow copy brings this same slot along, and it isn't the copy's.
+    """
+
+    def __init__(self, owner: int | None = None) -> None:
+        self.owner = owner
         self.compiled: CompiledModel | None = None
         self.making = threading.Lock()
 
@@ -153,9 +157,12 @@ def support_torch_compile(
         if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
             raise ConfigError(f"support_torch_compile decorates classes of nn.Module, not {cls!r}")
         original = cls.forward
+        place = f"_onegraph_slot_{cls.__module__}.{cls.__qualname__}"  # a decorated base class has its own
 
         def compiled_of(self: torch.nn.Module) -> CompiledModel:
-            slot: _InstanceSlot = self.__dict__.setdefault("_onegraph_slot", _InstanceSlot())
+            slot: _InstanceSlot = self.__dict__.setdefault(place, _InstanceSlot(id(self)))
+            if slot.owner != id(self):
+                slot = self.__dict__[place] = _InstanceSlot(id(self))
             with slot.making:
                 if slot.compiled is None:
                     slot.compiled = compile(
@@ -170,8 +177,9 @@ def support_torch_compile(
         def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return original(self, *args, **kwargs)
-            slot = self.__dict__.get("_onegraph_slot")
-            compiled = compiled_of(self) if slot is None or slot.compiled is None else slot.compiled
+            slot = self.__dict__.get(place)
+            ready = slot is not None and slot.owner == id(self) and slot.compiled is not None
+            compiled = slot.compiled if ready else compiled_of(self)
             return compiled(*args, **kwargs)
 
         cls.forward = forward  # type: ignore[method-assign]

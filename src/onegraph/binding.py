@@ -22,6 +22,8 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph) -> Callable[..., 
     places = [(weight.holder, weight.key) for weight in captured.weights]
     known = [holder[key] for holder, key in places]
     facts = [_facts(tensor) for tensor in known]
+    dtype_of = operator.attrgetter("dtype")
+    dtypes = [getattr(tensor, "dtype", None) for tensor in known]
     is_grad_enabled, no_grad, is_not = torch.is_grad_enabled, torch.no_grad, operator.is_not
 
     def run(*inputs: Any) -> Any:
@@ -30,6 +32,8 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph) -> Callable[..., 
         if any(map(is_not, weights, known)):
             _check_replaced(captured.weights, weights, facts)
             known = weights
+        elif list(map(dtype_of, weights)) != dtypes:  # module.to(dtype) keeps the Parameter and changes its data
+            _check_replaced(captured.weights, weights, facts)
         if is_grad_enabled():
             with no_grad():
                 return call(*weights, *inputs)

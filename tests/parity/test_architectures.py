@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.architectures import ARCHITECTURES, make_model
-from tests.reference import MAX_TIES, expected, is_tie, load_reference
 
 from onegraph import LLM, SamplingParams
 from onegraph.counters import counters
+from tests.architectures import ARCHITECTURES, make_model
+from tests.reference import MAX_TIES, expected, is_tie, load_reference
 
 WAYS = ("eager", "compiled", "warm")
 PROMPT_LENGTHS = (1, 4, 13, 21, 40)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import onegraph.ops
 import pytest
 import torch
 from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import onegraph
+import onegraph.ops
 
 NUM_TOKENS = Dim("num_tokens", min=1, max=16)
 NUM_BLOCKS, BLOCK_SIZE, HEADS, HEAD_SIZE = 512, 4, 2, 8

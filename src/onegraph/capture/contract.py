@@ -6,6 +6,8 @@ entries and the source of an entry function with the module's own signature, whi
 
 from __future__ import annotations
 
+import builtins
+import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +21,7 @@ from onegraph.ir.ledger import InputEntry
 from onegraph.torch_compat import shapes
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_COMPARED = (enum.Enum, torch.Size, slice, range, frozenset, torch.layout, torch.memory_format)
 
 
 @dataclass
@@ -62,10 +65,19 @@ def input_contract(
     Raises CaptureError for an input whose strides follow a size in a way that can't be told in its dims.
     """
     code = _Code()
+    for device in sorted({"cpu", *(x.value.device.type for x in inputs.leaves if isinstance(x.value, torch.Tensor))}):
+        state = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        on = f"_autocast_enabled({device!r})"
+        lost = f" or _autocast_dtype({device!r}) is not {code.constant(state[1])}" if state[0] else ""
+        code.check(f"{on} is not {state[0]}{lost}", f"({on},)", f"autocast on {device}", "state", state)
     for container in inputs.containers:
         _check_container(code, container)
+    first: dict[int, Leaf] = {}
     for leaf in inputs.leaves:
         if isinstance(leaf.value, torch.Tensor):
+            twin = first.setdefault(id(leaf.value), leaf)
+            if twin is not leaf:
+                code.check(f"{leaf.code} is not {twin.code}", leaf.code, leaf.path, "tensor", f"{twin.path} itself")
             _check_tensor(code, leaf, fakes.get(leaf.source), symbols, required_alignment)
         else:
             _check_constant(code, leaf)
@@ -80,7 +92,10 @@ def input_contract(
             "_outside": _outside,
             "_grad_enabled": torch.is_grad_enabled,
             "_no_gradients": _no_gradients,
+            "_autocast_enabled": torch.is_autocast_enabled,
+            "_autocast_dtype": torch.get_autocast_dtype,
             "_Tensor": torch.Tensor,
+            **{f"_{name}": getattr(builtins, name) for name in ("type", "list", "len", "isinstance")},
         }
         exec(compile(source, "<onegraph input contract>", "exec"), namespace)  # noqa: S102 - our own text
         entry: Callable[..., Any] = namespace["entry"]
@@ -92,7 +107,7 @@ def input_contract(
 def _check_container(code: _Code, container: Container) -> None:
     kind = code.constant(container.kind)
     code.check(
-        f"type({container.code}) is not {kind}",
+        f"_type({container.code}) is not {kind}",
         container.code,
         container.path,
         "type",
@@ -100,10 +115,10 @@ def _check_container(code: _Code, container: Container) -> None:
     )
     if container.kind is dict:
         keys = code.constant(list(container.keys))  # type: ignore[arg-type]
-        code.check(f"list({container.code}) != {keys}", container.code, container.path, "keys", container.keys)
+        code.check(f"_list({container.code}) != {keys}", container.code, container.path, "keys", container.keys)
     elif isinstance(container.keys, int) and container.keys >= 0:
         code.check(
-            f"len({container.code}) != {container.keys}",
+            f"_len({container.code}) != {container.keys}",
             container.code,
             container.path,
             "length",
@@ -113,20 +128,22 @@ def _check_container(code: _Code, container: Container) -> None:
 
 def _check_constant(code: _Code, leaf: Leaf) -> None:
     kind = code.constant(type(leaf.value))
-    if isinstance(leaf.value, _CONSTANTS):
+    if isinstance(leaf.value, (*_CONSTANTS, *_COMPARED)):
         if leaf.value is None or isinstance(leaf.value, bool):
             code.check(f"{leaf.code} is not {leaf.value}", leaf.code, leaf.path, "value", leaf.value)
             return
         value = code.constant(leaf.value)
         code.check(
-            f"type({leaf.code}) is not {kind} or {leaf.code} != {value}",
+            f"_type({leaf.code}) is not {kind} or {leaf.code} != {value}",
             leaf.code,
             leaf.path,
             "value",
             leaf.value,
         )
     else:
-        code.check(f"type({leaf.code}) is not {kind}", leaf.code, leaf.path, "type", type(leaf.value).__name__)
+        code.check(f"_type({leaf.code}) is not {kind}", leaf.code, leaf.path, "type", type(leaf.value).__name__)
+        same = code.constant(leaf.value)
+        code.check(f"{leaf.code} is not {same}", leaf.code, leaf.path, "object", f"one {type(leaf.value).__name__}")
 
 
 def _check_tensor(
@@ -137,7 +154,7 @@ def _check_tensor(
     required_alignment: Callable[[int], int],
 ) -> None:
     value, at, path = leaf.value, leaf.code, leaf.path
-    code.check(f"not isinstance({at}, _Tensor)", at, path, "type", "Tensor")
+    code.check(f"not _isinstance({at}, _Tensor)", at, path, "type", "Tensor")
     code.check(f"{at}.dtype is not {code.constant(value.dtype)}", at, path, "dtype", value.dtype)
     code.check(f"{at}.device != {code.constant(value.device)}", at, path, "device", value.device)
     code.check(f"{at}.dim() != {value.dim()}", at, path, "rank", value.dim())

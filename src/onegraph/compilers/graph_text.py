@@ -30,11 +30,16 @@ def graph_text(graph_module: torch.fx.GraphModule, shape_env: Any) -> str | Unke
         return Unkeyable(str(error))
 
 
+def _is_composite(op: torch._ops.OpOverload) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+
+
 class _Writer:
     def __init__(self, shape_env: Any) -> None:
         self.shape_env = shape_env
         self.symbols: dict[str, str] = {}
         self.expressions: dict[Any, str] = {}
+        self.storages: dict[int, tuple[int, torch.Tensor]] = {}
 
     def graph(self, graph_module: torch.fx.GraphModule) -> str:
         numbers: dict[torch.fx.Node, int] = {}
@@ -43,14 +48,25 @@ class _Writer:
             numbers[node] = number
             target = "" if node.op in ("placeholder", "output") else self.target(graph_module, node)
             arguments = "" if node.op == "placeholder" else self.value((node.args, node.kwargs), numbers)
-            meta = self.meta(node.meta.get("example_value", node.meta.get("val")))
-            lines.append(f"%{number} = {node.op} {target}{arguments} : {meta}")
+            example = node.meta.get("example_value", node.meta.get("val"))
+            shared = self.shared_storage(example, number) if node.op == "placeholder" else ""
+            lines.append(f"%{number} = {node.op} {target}{arguments} : {self.meta(example)}{shared}")
         symbols = [
             f"{new} in [{r.lower}, {r.upper}]{'' if self.hint(old) is None else f' hint {self.hint(old)}'}"
             for old, new in self.symbols.items()
             if (r := self.range(old)) is not None
         ]
         return "\n".join(lines + symbols)
+
+    def shared_storage(self, value: Any, number: int) -> str:
+        """Which earlier input has its memory in the same storage: what is changed in one is seen in the other."""
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            return ""
+        first, base = self.storages.setdefault(value.untyped_storage()._cdata, (number, value))
+        if first == number:
+            return ""
+        offsets = (self.expression(shapes.expression(t.storage_offset(), self.shape_env)) for t in (base, value))
+        return f" shares %{first}: " + " -> ".join(offsets)
 
     def target(self, graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str:
         if node.op == "call_method":
@@ -83,8 +99,12 @@ class _Writer:
         if isinstance(value, torch.dtype | torch.device | torch.layout | torch.memory_format | type(Ellipsis)):
             return str(value)
         if isinstance(value, torch._ops.OpOverload):
+            if value.namespace not in ("aten", "prims") and _is_composite(value):
+                raise _NoIdentityError(f"the compiler takes {value} apart by its Python code, which isn't digested")
             return f"{value}|{value._schema}|{sorted(str(tag) for tag in value.tags)}"
-        if isinstance(value, torch._ops.OpOverloadPacket | torch._ops.HigherOrderOperator):
+        if isinstance(value, torch._ops.OpOverloadPacket):
+            return f"{value}[{', '.join(self.object(getattr(value, name)) for name in value.overloads())}]"
+        if isinstance(value, torch._ops.HigherOrderOperator):
             return str(value)
         if isinstance(value, enum.Enum):
             return f"{type(value).__module__}.{type(value).__qualname__}.{value.name}"
@@ -101,10 +121,7 @@ class _Writer:
         module, name = getattr(value, "__module__", None) or "builtins", value.__qualname__
         if module.split(".")[0] in ("torch", "math", "operator", "_operator", "builtins"):
             return f"{module}.{name}"
-        if not isinstance(value, types.FunctionType) or "<" in name:
-            raise _NoIdentityError(f"the graph calls {module}.{name}, which has no stable identity")
-        code = value.__code__.co_code + repr(value.__code__.co_consts).encode()
-        return f"{module}.{name}#{hashlib.sha256(code).hexdigest()}"
+        raise _NoIdentityError(f"the graph calls {module}.{name}, and what it calls in turn can't be digested")
 
     def meta(self, value: Any) -> str:
         if isinstance(value, torch.Tensor):

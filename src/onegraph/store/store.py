@@ -85,7 +85,7 @@ class Store:
             if not folder.exists():
                 return None
             self.quarantine(digest, f"{error.filename} is missing")
-        except (ManifestError, OSError) as error:
+        except (ManifestError, OSError, UnicodeDecodeError, RecursionError) as error:
             self.quarantine(digest, str(error))
         return None
 

@@ -39,7 +39,8 @@ class InductorOutput:
 
     `source` is the wrapper as Inductor wrote it; `kernels` are what it would have built; `constants` are
     tensors that the wrapper reads by name; `aliases` are the outputs that share memory with an input. With
-    `not_portable` set, only `callable` is usable, and the text says why.
+    `not_portable` set, only `callable` is usable, after `link` gave it its built kernels by their names; the
+    text says why.
     """
 
     source: str
@@ -48,6 +49,7 @@ class InductorOutput:
     aliases: tuple[OutputAlias, ...]
     callable: Callable[..., Any] | None
     not_portable: str | None
+    link: Callable[[Mapping[str, Any]], None] | None = None
 
 
 def compile_graph(
@@ -61,6 +63,7 @@ def compile_graph(
     Must run inside `dynamo.compile_scope`. The graph module is consumed. Raises what torch raises.
     """
     collected: list[KernelSource] = []
+    unbuilt: dict[str, _Unbuilt] = {}
     graphs: list[Any] = []
 
     def inner_compile(gm: Any, example_inputs: Any, **kwargs: Any) -> Any:
@@ -69,12 +72,17 @@ def compile_graph(
         return output
 
     context = torch._guards.TracingContext(fake_mode)
-    with torch.no_grad(), torch._guards.tracing(context), _collect_kernels(collected):
+    with torch.no_grad(), torch._guards.tracing(context), _collect_kernels(collected, unbuilt):
         function = compile_fx.compile_fx(graph_module, fake_inputs, inner_compile=inner_compile, config_patches=options)
         metadata = context.fw_metadata
     reason = _why_not_portable(graphs, metadata, fake_inputs, collected)
     if reason is not None:
-        return InductorOutput("", (), {}, (), function, reason)
+
+        def link(built: Mapping[str, Any]) -> None:
+            for name, kernel in unbuilt.items():
+                kernel.built = built[name]
+
+        return InductorOutput("", tuple(collected), {}, (), function, reason, link)
     return InductorOutput(
         source=graphs[0].source_code,
         kernels=tuple(collected),
@@ -88,18 +96,24 @@ def compile_graph(
 class _Unbuilt:
     """Stands in a wrapper's namespace for a kernel that is built later."""
 
+    def __init__(self) -> None:
+        self.built: Callable[..., Any] | None = None
+
     def __call__(self, *args: Any) -> None:
-        raise AssertionError("a kernel was called before it was built")
+        if self.built is None:
+            raise AssertionError("a kernel was called before it was built")
+        self.built(*args)
 
 
 @contextlib.contextmanager
-def _collect_kernels(collected: list[KernelSource]) -> Iterator[None]:
+def _collect_kernels(collected: list[KernelSource], unbuilt: dict[str, _Unbuilt]) -> Iterator[None]:
     original = async_compile.AsyncCompile.cpp_pybinding
 
     def cpp_pybinding(self: Any, argtypes: list[str], source_code: str) -> Any:
         # The name is known only to the wrapper's text; `onegraph.compilers.wrapper` matches them in order.
-        collected.append(KernelSource(f"kernel_{len(collected)}", tuple(argtypes), source_code))
-        return _Unbuilt()
+        name = f"kernel_{len(collected)}"
+        collected.append(KernelSource(name, tuple(argtypes), source_code))
+        return unbuilt.setdefault(name, _Unbuilt())
 
     async_compile.AsyncCompile.cpp_pybinding = cpp_pybinding  # type: ignore[method-assign]
     try:
