@@ -1,0 +1,88 @@
+"""Loading: real files, sharded too; what isn't supported is refused by name before weights are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from onegraph.errors import ModelError
+from onegraph.models import load_model
+from tests.architectures import byte_tokenizer, make_model
+
+
+def config_only(folder: Path, kind: str, **fields: Any) -> Path:
+    """A folder with a config and no weights: loading must stop before it looks for them."""
+    AutoConfig.for_model(kind, **fields).save_pretrained(folder)
+    return folder
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64, "intermediate_size": 32}
+UNSUPPORTED = {
+    "t5": ({}, "encoder-decoder"),
+    "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}, "0 of its 2 layers"),
+    "bert": (SMALL, "isn't causal|no causal language model|whole|attention"),
+    "gpt2": ({"n_embd": 32, "n_layer": 1, "n_head": 2, "reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
+    "deepseek_v3": (
+        {**SMALL, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "qk_rope_head_dim": 8,
+         "qk_nope_head_dim": 8, "v_head_dim": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "moe_intermediate_size": 16},
+        "queries .* keys .* values",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_what_isnt_supported_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    fields, reason = UNSUPPORTED[kind]
+    with pytest.raises(ModelError, match=rf"(?s){kind}.*({reason})"):
+        load_model(config_only(tmp_path, kind, **fields))
+
+
+def test_a_sharded_model_equals_the_whole_one(tmp_path: Path) -> None:
+    whole = make_model("llama", tmp_path / "whole")
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    byte_tokenizer().save_pretrained(tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    one, many = load_model(whole), load_model(tmp_path / "sharded")
+    for name, tensor in one.module.state_dict().items():
+        assert torch.equal(tensor, many.module.state_dict()[name]), name
+    assert one.num_parameters == many.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_dtype_is_the_checkpoints_unless_asked(tmp_path: Path) -> None:
+    folder = make_model("llama", tmp_path, dtype=torch.bfloat16)
+    assert load_model(folder).kv.dtype == torch.bfloat16
+    assert load_model(folder, dtype="float32").kv.dtype == torch.float32
+    with pytest.raises(ModelError, match="bfloat16"):
+        load_model(folder, dtype="bfloat61")
+
+
+def test_a_folder_that_isnt_there_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="can't be loaded"):
+        load_model(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="the folder holds nothing"):
+        load_model(tmp_path / "empty")
+
+
+def test_code_of_a_model_runs_only_when_asked(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    folder = config_only(tmp_path / "model", "llama", **SMALL)
+    facts = json.loads((folder / "config.json").read_text())
+    facts.update({"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}})
+    (folder / "config.json").write_text(json.dumps(facts))
+    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\nraise ImportError('ran')\n")
+    with pytest.raises(ModelError):
+        load_model(folder)
+    assert not marker.exists()
+
+
+def test_weights_need_no_gradients_and_are_in_eval_mode(tmp_path: Path) -> None:
+    module = load_model(make_model("opt", tmp_path)).module
+    assert not module.training or not module.model.training
+    assert not any(p.requires_grad for p in module.parameters())
