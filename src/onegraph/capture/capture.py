@@ -95,7 +95,7 @@ def _captured_graph(
     fake_inputs = tuple(node.meta["example_value"] for node in placeholders)
     fakes = dict(zip(raw.sources, fake_inputs[len(weights) :], strict=True))
     symbols = _symbols(inputs, fakes)
-    found = judge(shapes.conditions(raw.fake_mode.shape_env), inputs.dims, symbols, "capture")
+    found = judge([*raw.asserted, *shapes.conditions(raw.fake_mode.shape_env)], inputs.dims, symbols, "capture")
     refuse_narrowing(found, inputs.dims)
     contract = input_contract(inputs, fakes, symbols, required_alignment)
     residual_self = () if owner is None else (owner,)

@@ -123,6 +123,8 @@ def refuse_narrowing(entries: Iterable[ShapeEntry], dims: tuple[DynamicDim, ...]
     narrowing = tuple(entry for entry in entries if entry.effect == "narrows")
     if not narrowing:
         return
+    told = tuple(entry for entry in narrowing if entry.user)  # what torch derived from these adds no place
+    narrowing = told or narrowing
     declared = ", ".join(f"{dim.name} = {dim.min}..{dim.max}" for dim in dims)
     lines = []
     for entry in narrowing:

@@ -24,6 +24,8 @@ from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._guards import CompileContext, compile_context
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
+from onegraph.torch_compat.shapes import RawCondition, asserted_while_tracing
+
 COMPILE_LOCK = threading.RLock()
 """Held while torch compiles anything for us: Dynamo, Inductor and torch's config are not thread-safe together."""
 
@@ -45,6 +47,7 @@ class RawCapture:
     sources: tuple[str, ...]
     fake_mode: Any
     guards: tuple[GuardFact, ...]
+    asserted: tuple[RawCondition, ...]
     traced_files: tuple[str, ...]
     make_callable: Callable[[Callable[..., Any]], Callable[..., Any]]
     stored_globals: tuple[str, ...]
@@ -101,7 +104,7 @@ def capture(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Raw
     known = {key: value for key, value in patches.items() if hasattr(dynamo.config, key)}
     frame = convert_frame._get_frame(function, args, kwargs)
     traced_function, _ = convert_frame.get_traced_fn(function)
-    with dynamo.config.patch(known):
+    with dynamo.config.patch(known), asserted_while_tracing() as asserted:
         output = convert_frame._fullgraph_capture_frame(frame)
     graph_output, backend_input = output.graph_capture_output, output.backend_input
     if backend_input is None:
@@ -123,6 +126,7 @@ def capture(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Raw
         ),
         fake_mode=backend_input.fake_mode,
         guards=tuple(_guard_facts(graph_output.output_graph.guards)),
+        asserted=tuple(asserted),
         traced_files=tuple(sorted({code.co_filename for code in graph_output.traced_code})),
         make_callable=make_callable,
         stored_globals=_stored_globals(graph_output.bytecode),

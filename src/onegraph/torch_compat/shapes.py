@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
+from torch._guards import TracingContext
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 
@@ -23,6 +26,29 @@ class RawCondition:
 def conditions(shape_env: Any) -> list[RawCondition]:
     """All four sources: guards, deferred runtime asserts, replacements, and narrowed ranges."""
     return [*_guards(shape_env), *_deferred(shape_env), *_replacements(shape_env), *_ranges(shape_env)]
+
+
+@contextmanager
+def asserted_while_tracing() -> Iterator[list[RawCondition]]:
+    """Collects the conditions that tracing asserts, each with the line of the user's code that was being traced.
+
+    The shape environment keeps the conditions without that line.
+    """
+    found: list[RawCondition] = []
+    original = ShapeEnv.guard_or_defer_runtime_assert
+
+    def noted(self: Any, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(orig_expr, "free_symbols", None):
+            frames = [f for f in TracingContext.extract_stack() if not is_torch_file(f.filename)]
+            if frames:
+                found.append(RawCondition(orig_expr, f"{frames[-1].filename}:{frames[-1].lineno}", None))
+        return original(self, orig_expr, *args, **kwargs)
+
+    ShapeEnv.guard_or_defer_runtime_assert = noted  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        ShapeEnv.guard_or_defer_runtime_assert = original  # type: ignore[method-assign]
 
 
 def _guards(shape_env: Any) -> Iterator[RawCondition]:
