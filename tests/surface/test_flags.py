@@ -1,0 +1,130 @@
+"""Each row of the promised table of flags parses as typed, and takes effect or is refused in words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from onegraph.cli.main import main
+
+TAKES_EFFECT = [
+    (["--enforce-eager"], {"mode": "NONE", "backend": "eager", "cudagraph_mode": "NONE"}),
+    (["--enforce_eager"], {"mode": "NONE"}),
+    (["-O.mode=0"], {"mode": "NONE", "backend": "eager"}),
+    (["-O.mode=NONE"], {"mode": "NONE"}),
+    (["-O.mode=STOCK_TORCH_COMPILE"], {"mode": "STOCK_TORCH_COMPILE", "backend": "inductor"}),
+    (["-O.mode=DYNAMO_TRACE_ONCE"], {"mode": "DYNAMO_TRACE_ONCE"}),
+    (["-O.mode", "ONEGRAPH"], {"mode": "ONEGRAPH"}),
+    (["-O.cudagraph_mode=NONE"], {"cudagraph_mode": "NONE"}),
+    (["-O.cudagraph-mode=NONE"], {"cudagraph_mode": "NONE"}),
+    (["-O.backend=eager"], {"mode": "ONEGRAPH", "backend": "eager"}),
+    (["-O.backend", "aot_eager"], {"backend": "aot_eager"}),
+    (["-O.backend=inductor"], {"backend": "inductor"}),
+    (["-O.eager_pieces=[0]"], {"eager_pieces": [0]}),
+    (["-O.splitting_ops=[]"], {"splitting_ops": []}),
+    (["-O.dynamic_shapes=unbacked"], {"dynamic_shapes": "unbacked"}),
+    (["-O.compile_cache_save_format=binary"], {"compile_cache_save_format": "binary"}),
+    (["-O.on_state_change=recapture"], {"on_state_change": "recapture"}),
+    (["-O.on_constraint=error"], {"on_constraint": "error"}),
+    (["-O.freeze=false"], {"freeze": False}),
+    (["-O0"], {"level": 0, "mode": "NONE", "backend": "eager"}),
+    (["-O1"], {"level": 1, "mode": "DYNAMO_TRACE_ONCE", "backend": "inductor"}),
+    (["-O=2"], {"level": 2, "mode": "ONEGRAPH", "backend": "inductor"}),
+    (["-O3"], {"level": 3, "mode": "ONEGRAPH", "inductor_compile_config": {"max_autotune": True}}),
+    (["-O", '{"level": 1, "backend": "eager"}'], {"level": 1, "backend": "eager"}),
+    (["--compilation_config", '{"backend": "eager"}'], {"backend": "eager"}),
+    (["--compilation-config=1"], {"level": 1}),
+    (
+        ["-O.inductor_compile_config.max_autotune=true", "-O.inductor_compile_config.cpp.threads=2"],
+        {"inductor_compile_config": {"max_autotune": True, "cpp.threads": 2}},
+    ),
+]
+REFUSED = [
+    (["-O.passes.NAME=false"], "no pass 'NAME'"),
+    (['-O.passes.NAME={"width": 4}'], "no pass 'NAME'"),
+    (['-O.extra_passes=["module:Class"]'], "extra_passes"),
+    (["-O.eager_pieces=[3,7]"], "one piece"),
+    (['-O.splitting_ops=["onegraph::paged_attention"]'], "one piece"),
+    (["-O.compile_sizes=[1,8]"], "one artifact for all sizes"),
+    (["-O.compile_ranges=[[1,8]]"], "one artifact for all sizes"),
+    (["-O.cudagraph_capture_sizes=[1,2,4]"], "no recordings"),
+    (["-O.cudagraph_mode=PIECEWISE"], "no recordings"),
+    (["-O.cudagraph_mode", "FULL"], "no recordings"),
+    (["-O.dynamic_shapes=backed"], "unbacked only"),
+    (["-O.dynamic_shapes", "backed_size_oblivious"], "unbacked only"),
+    (["-O.compile_cache_save_format=unpacked"], "binary only"),
+    (["-O.on_state_change=error"], "doesn't check captured state"),
+    (["-O.on_constraint=split"], "doesn't split"),
+    (["-O.freeze=true"], "doesn't check captured state"),
+    (["-O.cudagraph_check=always"], "no recordings"),
+    (["-O.on_memory_change=rerecord"], "no recordings"),
+    (["-O.cudagraph_lazy"], "no recordings"),
+    (["-O.cudagraph_debug"], "no recordings"),
+    (["--tensor-parallel-size=2"], "one device"),
+]
+UNKNOWN = [
+    (["--enforce-eagr"], "'--enforce-eager'"),
+    (["-O.backendd=eager"], "'backend'"),
+    (["-O.backend=eagr"], "'eager'"),
+    (["-O.mode=ONEGRAF"], "'ONEGRAPH'"),
+    (["-O.cudagraph_mode=PIECE_WISE"], "'PIECEWISE'"),
+    (["-O", '{"backendd": "eager"}'], "'backend'"),
+]
+
+
+def spelled(words: list[str]) -> str:
+    return " ".join(words)
+
+
+@pytest.mark.parametrize(("words", "effective"), TAKES_EFFECT, ids=lambda v: spelled(v) if isinstance(v, list) else "")
+def test_a_flag_that_takes_effect(
+    words: list[str], effective: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["config", *words, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {name: facts[name]["value"] for name in effective} == effective
+
+
+@pytest.mark.parametrize(("words", "told"), REFUSED, ids=lambda v: spelled(v) if isinstance(v, list) else "")
+def test_a_flag_that_this_version_refuses(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", *words, "--json"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert told in shown.err
+
+
+@pytest.mark.parametrize("command", ["run", "explain", "config"])
+@pytest.mark.parametrize(("words", "nearest"), UNKNOWN, ids=lambda v: spelled(v) if isinstance(v, list) else "")
+def test_what_is_unknown_is_refused_with_the_nearest(
+    command: str, words: list[str], nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, *words]) == 2
+    assert f"did you mean {nearest}?" in capsys.readouterr().err
+
+
+def test_an_unknown_option_of_inductor_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "-O.inductor_compile_config.max_autotun=true"]) == 2
+    assert "did you mean 'max_autotune'?" in capsys.readouterr().err
+
+
+def test_a_setting_says_why_it_has_its_value(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEGRAPH_COMPILATION_CONFIG", '{"backend": "aot_eager"}')
+    assert main(["config", "-O1", "-O.backend=eager", "--max-num-seqs=4", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["backend"] == {"value": "aot_eager", "why": "ONEGRAPH_COMPILATION_CONFIG"}
+    assert facts["level"] == {"value": 1, "why": "user"}
+    assert facts["mode"] == {"value": "DYNAMO_TRACE_ONCE", "why": "level -O1"}
+    assert facts["cudagraph_lazy"] == {"value": False, "why": "default"}
+    assert facts["max_num_seqs"] == {"value": 4, "why": "user"}
+    assert facts["block_size"] == {"value": 16, "why": "default"}
+
+
+def test_the_table_has_a_line_for_each_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--json"]) == 0
+    names = list(json.loads(capsys.readouterr().out))
+    assert main(["config"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == names
