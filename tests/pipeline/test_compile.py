@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import enum
 import gc
 import threading
 import weakref
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from typing import Any
 
@@ -269,6 +270,7 @@ def test_a_model_that_narrows_its_range_is_a_constraint_error(model: Any, condit
     with pytest.raises(ConstraintError, match=condition) as caught:
         compiled(torch.zeros(7, 8))
     assert caught.value.constraints
+    assert "test_compile.py:" in str(caught.value), "the user's own line is told"
 
 
 def test_a_branch_error_quotes_the_users_line() -> None:
@@ -535,3 +537,104 @@ def test_one_thread_has_kernels_without_parallel_regions() -> None:
         assert torch.equal(compiled(torch.ones(5)), torch.full((5,), 2.0))
     finally:
         torch.set_num_threads(threads)
+
+
+class Mode(enum.Enum):
+    DOUBLE = 2
+    TRIPLE = 3
+
+
+class Holder:
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        (Mode.DOUBLE, Mode.TRIPLE),
+        (torch.Size([2]), torch.Size([3])),
+        (slice(0, 1), slice(1, 2)),
+        (torch.neg, torch.abs),
+        (Holder(2), Holder(3)),
+        (OrderedDict(a=torch.ones(2)), OrderedDict(a=torch.ones(2, dtype=torch.float64))),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_argument_that_is_no_tensor_has_to_stay_what_it_was(first: Any, later: Any) -> None:
+    compiled = onegraph.compile(lambda x, other: x * 2, dynamic_shapes=X, config={"backend": "eager"})
+    compiled(torch.ones(3), first)
+    compiled(torch.ones(4), first)
+    with pytest.raises(InputContractError, match="other broke the input contract"):
+        compiled(torch.ones(3), later)
+
+
+def test_a_tensor_that_was_given_twice_has_to_be_given_twice() -> None:
+    """Residual code takes both from the first: another tensor in the second place wouldn't be seen."""
+    compiled = onegraph.compile(lambda a, b: a * 2 + b, config={"backend": "eager"})
+    x = torch.ones(3)
+    compiled(x, x)
+    with pytest.raises(InputContractError, match="a itself"):
+        compiled(x, torch.zeros(3))
+
+
+def test_parameters_may_have_the_names_of_builtins() -> None:
+    def model(x: Any, type: int, len: int, list: int, isinstance: int) -> Any:  # noqa: A002 - on purpose
+        return x[0] * type * len
+
+    compiled = onegraph.compile(model, config={"backend": "eager"})
+    for _ in range(2):
+        assert torch.equal(compiled([torch.ones(2)], 2, 3, 4, 5), torch.full((2,), 6.0))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_another_autocast_mode_is_an_error(first: bool) -> None:
+    compiled = onegraph.compile(nn.Linear(4, 4), config={"backend": "eager"})
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=first):
+        compiled(torch.ones(2, 4))
+    with pytest.raises(InputContractError, match="autocast"), torch.autocast("cpu", enabled=not first):
+        compiled(torch.ones(2, 4))
+
+
+def test_a_module_moved_to_another_dtype_is_an_error_not_a_read() -> None:
+    """`module.to(dtype)` keeps each Parameter and changes its data: kernels would read it as the old dtype."""
+    module = nn.LayerNorm(8)
+    compiled = onegraph.compile(module, dynamic_shapes={"input": {0: NUM_TOKENS}}, config={"backend": "inductor"})
+    compiled(torch.ones(2, 8))
+    module.to(torch.bfloat16)
+    with pytest.raises(InputContractError, match="bfloat16"):
+        compiled(torch.ones(2, 8))
+
+
+GLOBAL_LINEAR = nn.Linear(4, 4, bias=False)
+
+
+def test_a_weight_of_a_global_module_is_read_anew_on_each_call() -> None:
+    compiled = onegraph.compile(lambda x: GLOBAL_LINEAR(x), dynamic_shapes=X, config={"backend": "eager"})
+    compiled(torch.ones(2, 4))
+    GLOBAL_LINEAR.weight = nn.Parameter(torch.eye(4) * 3)
+    assert torch.equal(compiled(torch.ones(2, 4)), torch.full((2, 4), 3.0))
+
+
+def test_a_view_as_another_dtype_keeps_its_dtype_and_memory() -> None:
+    compiled = onegraph.compile(lambda x: (x.view(torch.int32), x + 1), dynamic_shapes=X)
+    x = torch.ones(3)
+    view, _ = compiled(x)
+    assert torch.equal(view, x.view(torch.int32))
+    view.zero_()
+    assert torch.equal(x, torch.zeros(3))
+
+
+def test_a_piece_that_cant_be_stored_runs_in_this_process() -> None:
+    def model(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        a.add_(1)
+        b.mul_(3)
+        return a - b
+
+    def overlapping() -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.ones(4)
+        return x[:3], x[1:]
+
+    compiled = onegraph.compile(model, config={"backend": "inductor"})
+    assert torch.equal(compiled(*overlapping()), model(*overlapping()))
+    assert compiled.explain().pieces[0].store == "off"

@@ -132,3 +132,37 @@ def test_hooks_run_around_a_decorated_forward() -> None:
 def test_only_module_classes_can_be_decorated() -> None:
     with pytest.raises(ConfigError, match="nn.Module"):
         onegraph.support_torch_compile()(dict)  # type: ignore[type-var]
+
+
+def test_a_decorated_subclass_and_its_decorated_base_are_compiled_apart() -> None:
+    for config in ({"mode": "NONE"}, {"backend": "eager"}):
+
+        @onegraph.support_torch_compile(config=config)
+        class Base(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x + 1
+
+        @onegraph.support_torch_compile(config=config)
+        class Derived(Base):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return super().forward(x) * 2
+
+        module = Derived()
+        assert torch.equal(module(torch.ones(2)), torch.full((2,), 4.0))
+        assert torch.equal(Base.forward(module, torch.ones(2)), torch.full((2,), 2.0))
+
+
+def test_a_shallow_copy_of_a_decorated_instance_is_its_own() -> None:
+    @onegraph.support_torch_compile(config={"backend": "eager"})
+    class Scale(nn.Module):
+        factor = 2
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.factor
+
+    module = Scale()
+    module(torch.ones(2))
+    other = copy.copy(module)
+    other.factor = 5
+    assert torch.equal(other(torch.ones(2)), torch.full((2,), 5.0))
+    assert torch.equal(module(torch.ones(2)), torch.full((2,), 2.0))

@@ -63,3 +63,16 @@ def test_a_root_removed_while_in_use_costs_a_recompile(fresh_cache: Path) -> Non
     second(torch.zeros(3))
     assert second.explain().to_dict()["pieces"][0]["ranges"][0]["store"] == "miss"
     assert os.path.isdir(fresh_cache)
+
+
+@pytest.mark.parametrize(
+    "contents", [b"", b"\xff\xfe\x00", b"[]", b"[" * 100_000], ids=["empty", "binary", "list", "deep"]
+)
+def test_a_manifest_of_any_bytes_is_quarantined(tmp_path: Path, contents: bytes) -> None:
+    store = Store(tmp_path / "root")
+    store.open_root()
+    manifest = store.root / "entries" / "ab" / "abcd" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_bytes(contents)
+    assert store.read("abcd") is None
+    assert not manifest.exists()

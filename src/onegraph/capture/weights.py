@@ -68,6 +68,8 @@ def _places(function: Any, owner: Any) -> Iterator[tuple[int, tuple[str, Any, An
     for name in function.__code__.co_names:
         if isinstance(value := function.__globals__.get(name), torch.Tensor):
             yield id(value), (name, function.__globals__, name)
+        elif isinstance(value, torch.nn.Module):
+            yield from _module_places(value, f"{name}.")
     cells = _Cells(function)
     for name, cell in cells.cells.items():
         value = _contents(cell)

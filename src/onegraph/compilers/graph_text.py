@@ -15,7 +15,7 @@ import sympy
 import torch
 
 from onegraph.ir.key import Unkeyable
-from onegraph.torch_compat import shapes
+from onegraph.torch_compat import shapes, torch_state
 
 
 class _NoIdentityError(Exception):
@@ -28,10 +28,6 @@ def graph_text(graph_module: torch.fx.GraphModule, shape_env: Any) -> str | Unke
         return _Writer(shape_env).graph(graph_module)
     except _NoIdentityError as error:
         return Unkeyable(str(error))
-
-
-def _is_composite(op: torch._ops.OpOverload) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
 
 
 class _Writer:
@@ -99,7 +95,7 @@ class _Writer:
         if isinstance(value, torch.dtype | torch.device | torch.layout | torch.memory_format | type(Ellipsis)):
             return str(value)
         if isinstance(value, torch._ops.OpOverload):
-            if value.namespace not in ("aten", "prims") and _is_composite(value):
+            if value.namespace not in ("aten", "prims") and torch_state.is_composite(value):
                 raise _NoIdentityError(f"the compiler takes {value} apart by its Python code, which isn't digested")
             return f"{value}|{value._schema}|{sorted(str(tag) for tag in value.tags)}"
         if isinstance(value, torch._ops.OpOverloadPacket):

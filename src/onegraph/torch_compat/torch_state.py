@@ -20,3 +20,8 @@ def compile_state() -> dict[str, Any]:
             for device in ("cpu", "cuda")
         },
     }
+
+
+def is_composite(op: Any) -> bool:
+    """Whether an operator (an OpOverload) is a composition of others, which a compiler traces through."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"))

@@ -1,0 +1,52 @@
+"""Graphs that look the same and aren't: what one was compiled to is never used for the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import onegraph
+
+
+def compiled_once(model: Any, *args: Any) -> tuple[Any, str]:
+    compiled = onegraph.compile(model, config={"backend": "inductor"})
+    result = compiled(*args)
+    return result, compiled.explain().pieces[0].store
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_inputs_that_share_storage_have_another_key() -> None:
+    def model(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        a.add_(1)
+        return a * 3 + b
+
+    assert compiled_once(model, torch.ones(3), torch.ones(3))[1] == "miss"
+    x, y = torch.ones(4), torch.ones(4)
+    assert torch.equal(compiled_once(model, x[:3], x[1:])[0], model(y[:3], y[1:]))
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_functions_put_into_the_graph_as_they_are_have_no_key() -> None:
+    """Their code names what they call, and what that does nobody can digest."""
+    for name in ("sin", "cos"):
+        namespace: dict[str, Any] = {"torch": torch, "__name__": "users_module"}
+        exec(f"def act(x):\n    return torch.{name}(x)", namespace)
+        act = torch.compiler.allow_in_graph(namespace["act"])
+        result, store = compiled_once(lambda x, act=act: act(x) * 2, torch.ones(3))
+        torch.testing.assert_close(result, getattr(torch, name)(torch.ones(3)) * 2)
+        assert store == "off"
+
+
+def test_operators_made_of_python_code_have_no_key(fresh_cache: Path) -> None:
+    """A composite operator is traced through, so its code is compiled in."""
+    for factor in (2, 3):
+        library = torch.library.Library("onegraph_same_graph", "FRAGMENT")
+        library.define("scale(Tensor x) -> Tensor")
+        library.impl("scale", lambda x, factor=factor: x * factor, "CompositeImplicitAutograd")
+        result, store = compiled_once(lambda x: torch.ops.onegraph_same_graph.scale(x) + 1, torch.ones(3))
+        assert torch.equal(result, torch.full((3,), factor + 1.0)) and store == "off"
+        library._destroy()
+    assert not list((fresh_cache / "entries").rglob("manifest.json"))
