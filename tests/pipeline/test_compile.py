@@ -638,3 +638,16 @@ def test_a_piece_that_cant_be_stored_runs_in_this_process() -> None:
     compiled = onegraph.compile(model, config={"backend": "inductor"})
     assert torch.equal(compiled(*overlapping()), model(*overlapping()))
     assert compiled.explain().pieces[0].store == "off"
+
+
+def test_a_narrowed_dim_is_found_whatever_the_dims_are_called() -> None:
+    """Two conditions never become one text, even where a dim has the name that another one has inside."""
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> Any:
+        torch._check(x.shape[0] <= 50)
+        torch._check(y.shape[0] <= 50)
+        return x + 1, y + 1
+
+    shapes = {"x": {0: Dim("dim1", min=1, max=4)}, "y": {0: Dim("dim0", min=1, max=100)}}
+    with pytest.raises(ConstraintError, match="dim0 <= 50"):
+        onegraph.compile(model, dynamic_shapes=shapes, config={"backend": "eager"})(torch.ones(3), torch.ones(5))

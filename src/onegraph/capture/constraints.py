@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import linecache
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -82,10 +83,8 @@ def holds_over(expr: Any, ranges: Mapping[Any, tuple[int, int]]) -> bool:
 
 def _readable(expr: Any, names: Mapping[str, sympy.Symbol]) -> str:
     """The condition as a Python expression over the dims' names."""
-    text = _python(expr)
-    for name, symbol in sorted(names.items(), key=lambda item: -len(str(item[1]))):
-        text = text.replace(str(symbol), name)
-    return text
+    by_symbol = {str(symbol): name for name, symbol in names.items()}
+    return re.sub(r"\bdim\d+\b", lambda found: by_symbol.get(found[0], found[0]), _python(expr))
 
 
 def _python(expr: Any) -> str:
