@@ -110,8 +110,7 @@ def _compiler() -> tuple[bool, str]:
     try:
         built = target.build_kernels([PROBE])
     except CompileError as error:
-        package = "python3-dev" if "Python.h" in error.message else "g++"
-        return False, f"{error.message}: apt-get install {package}, or use --enforce-eager, which needs none"
+        return False, f"{error.message}: apt-get install g++, or use --enforce-eager, which needs none"
     with tempfile.TemporaryDirectory() as folder:
         files = {}
         for name, contents in built.items():

@@ -6,6 +6,7 @@ import functools
 import platform
 import shlex
 import subprocess
+import warnings
 from pathlib import Path
 
 import torch
@@ -40,7 +41,8 @@ def compile_command(sources: list[str], name: str, output_dir: Path) -> tuple[li
 
     Torch would compile test programs to see which vector instructions work; what the CPU declares is believed.
     """
-    with torch._inductor.config.patch({"cpp.vec_isa_ok": True}):
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": True}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Can't find Python.h")  # our kernels don't include it
         options = cpp_builder.CppTorchDeviceOptions(
             vec_isa=cpu_vec_isa.pick_vec_isa(), include_pytorch=False, shared=True, device_type="cpu"
         )

@@ -1,10 +1,59 @@
 // What the Python bindings of one library of kernels share: arguments from Python to C++.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <type_traits>
+
+// Python's headers are a package of their own that a machine with Python and g++ may lack. What is used here is in
+// the stable ABI (docs.python.org/3/c-api/stable.html; METH_FASTCALL since 3.10), which never changes within
+// Python 3, and so is declared by hand.
+#ifndef Py_PYTHON_H
+using Py_ssize_t = std::ptrdiff_t;
+struct PyObject;
+using PyCFunction = PyObject* (*)(PyObject*, PyObject*);
+struct PyMethodDef {
+  const char* name;
+  PyCFunction function;
+  int flags;
+  const char* doc;
+};
+struct PyModuleDef_Base {
+  Py_ssize_t reference_count;
+  void* type;
+  PyObject* (*init)();
+  Py_ssize_t index;
+  PyObject* copy;
+};
+struct PyModuleDef {
+  PyModuleDef_Base base;
+  const char* name;
+  const char* doc;
+  Py_ssize_t size;
+  PyMethodDef* methods;
+  void *slots, *traverse, *clear, *free;
+};
+extern "C" {
+extern PyObject _Py_NoneStruct;
+extern PyObject* PyExc_TypeError;
+extern PyObject* PyExc_RuntimeError;
+void Py_IncRef(PyObject*);
+double PyFloat_AsDouble(PyObject*);
+long long PyLong_AsLongLong(PyObject*);
+unsigned long long PyLong_AsUnsignedLongLong(PyObject*);
+void* PyLong_AsVoidPtr(PyObject*);
+int PyObject_IsTrue(PyObject*);
+PyObject* PyErr_Occurred();
+PyObject* PyErr_Format(PyObject*, const char*, ...);
+void PyErr_SetString(PyObject*, const char*);
+PyObject* PyModule_Create2(PyModuleDef*, int);
+}
+#define METH_O 0x0008
+#define METH_FASTCALL 0x0080
+#define PyModuleDef_HEAD_INIT {1, nullptr, nullptr, 0, nullptr}
+#define PyModule_Create(definition) PyModule_Create2(definition, 3)
+#define PyMODINIT_FUNC extern "C" PyObject*
+#define Py_RETURN_NONE return Py_IncRef(&_Py_NoneStruct), &_Py_NoneStruct
+#endif
 
 namespace onegraph {
 

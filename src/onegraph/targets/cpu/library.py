@@ -51,7 +51,8 @@ def library_source(kernels: Sequence[KernelSource]) -> str:
             '  {"bind", onegraph::bind, METH_O, nullptr},',
             *methods,
             "  {nullptr, nullptr, 0, nullptr}};",
-            f'static PyModuleDef definition = {{PyModuleDef_HEAD_INIT, "{MODULE}", nullptr, -1, methods}};',
+            "static PyModuleDef definition = {",
+            f'  PyModuleDef_HEAD_INIT, "{MODULE}", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr}};',
             f"PyMODINIT_FUNC PyInit_{MODULE}(void) {{ return PyModule_Create(&definition); }}",
             "",
         ]
