@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 import shlex
 import subprocess
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +18,14 @@ from torch._inductor import cpp_builder, cpu_vec_isa
 
 class ToolchainMissingError(Exception):
     """There is no C++ compiler; the text names what was tried."""
+
+
+@contextlib.contextmanager
+def python_headers_not_needed() -> Iterator[None]:
+    """Inside, Inductor doesn't warn that Python.h is missing: our kernels don't include it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Can't find Python.h")
+        yield
 
 
 def cpp_compiler() -> str:
@@ -41,8 +51,7 @@ def compile_command(sources: list[str], name: str, output_dir: Path) -> tuple[li
 
     Torch would compile test programs to see which vector instructions work; what the CPU declares is believed.
     """
-    with torch._inductor.config.patch({"cpp.vec_isa_ok": True}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Can't find Python.h")  # our kernels don't include it
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": True}), python_headers_not_needed():
         options = cpp_builder.CppTorchDeviceOptions(
             vec_isa=cpu_vec_isa.pick_vec_isa(), include_pytorch=False, shared=True, device_type="cpu"
         )
