@@ -115,3 +115,26 @@ def test_an_unknown_variable_stops_a_command(
     for command in ("run", "explain", "config"):
         assert main([command]) == 2
         assert "did you mean 'ONEGRAPH_CACHE_ROOT'" in capsys.readouterr().err
+
+
+def test_without_a_compiler_only_enforce_eager_runs(fresh_cache: Path) -> None:
+    words = ("run", "--prompt", "def ", "--max-tokens", "2")
+    eager = onegraph(*words, "--enforce-eager", PATH="/nowhere")
+    assert eager.returncode == 0, eager.stderr
+    compiled = onegraph(*words, PATH="/nowhere")
+    assert compiled.returncode == 1
+    assert "[OG-COMPILE] there is no working C++ compiler" in compiled.stderr
+    assert "apt-get install g++" in compiled.stderr
+    assert "Traceback" not in compiled.stderr
+
+
+def test_a_cache_root_that_was_asked_for_and_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ONEGRAPH_CACHE_ROOT", str(tmp_path / "file/cache"))
+    assert main(["run", "--prompt", "def "]) == 1
+    told = capsys.readouterr().err
+    assert "[OG-ARTIFACT]" in told
+    assert str(tmp_path / "file/cache") in told
+    assert "ONEGRAPH_DISABLE_COMPILE_CACHE=1" in told

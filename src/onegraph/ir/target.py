@@ -34,6 +34,10 @@ class Target(Protocol):
         """Inductor options that this target always sets; part of every key."""
         ...
 
+    def check_toolchain(self) -> None:
+        """Raises CompileError, with what to install, where kernels can't be built."""
+        ...
+
     def build_kernels(self, kernels: Sequence[KernelSource]) -> dict[str, bytes]:
         """Compiles the kernels; gives the files that an artifact keeps, `{name: contents}`.
 

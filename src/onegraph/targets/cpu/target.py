@@ -45,6 +45,17 @@ class CpuTarget:
         """The instruction set is believed as declared, instead of probed by compiling test programs."""
         return {"cpp.vec_isa_ok": True, "force_disable_caches": True}
 
+    def check_toolchain(self) -> None:
+        """Raises CompileError where no C++ compiler answers."""
+        try:
+            toolchain.compiler_version(toolchain.cpp_compiler())
+        except toolchain.ToolchainMissingError as error:
+            raise CompileError(
+                f"there is no working C++ compiler: {error}",
+                where="building the kernels of a piece",
+                hint="install g++ (Debian, Ubuntu: apt-get install g++), or use --enforce-eager, which needs none",
+            ) from error
+
     def build_kernels(self, kernels: Sequence[KernelSource]) -> dict[str, bytes]:
         """One library of all kernels; no files for a piece without kernels. Raises CompileError."""
         if not kernels:
@@ -57,14 +68,7 @@ class CpuTarget:
             return {SOURCE: text.encode(), LIBRARY: library.read_bytes()}
 
     def _build(self, source: Path, folder: Path) -> Path:
-        try:
-            toolchain.compiler_version(toolchain.cpp_compiler())
-        except toolchain.ToolchainMissingError as error:
-            raise CompileError(
-                f"there is no working C++ compiler: {error}",
-                where="building the kernels of a piece",
-                hint="install g++ (Debian, Ubuntu: apt-get install g++), or use --enforce-eager, which needs none",
-            ) from error
+        self.check_toolchain()
         command, library = toolchain.compile_command([str(source)], "kernels", folder)
         counters.add("gxx_runs")
         result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
