@@ -17,13 +17,19 @@ from onegraph.ir.artifact import PieceCallable
 from onegraph.ir.graph import CapturedGraph, WeightInput
 
 
-def bind_weights(call: PieceCallable, captured: CapturedGraph) -> Callable[..., Any]:
-    """A function of the graph's inputs. It runs without gradients, in inference mode if the caller is in it."""
+def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: bool) -> Callable[..., Any]:
+    """A function of the graph's inputs. It runs without gradients, in inference mode if the caller is in it.
+
+    With `mutates_inputs` each call checks that inputs share memory as they did when they were captured.
+    """
     places = [(weight.holder, weight.key) for weight in captured.weights]
     known = [holder[key] for holder, key in places]
     facts = [_facts(tensor) for tensor in known]
     dtype_of = operator.attrgetter("dtype")
     dtypes = [getattr(tensor, "dtype", None) for tensor in known]
+    fakes = captured.fake_inputs[len(places) :]
+    tensors = [index for index, fake in enumerate(fakes) if isinstance(fake, torch.Tensor)] if mutates_inputs else []
+    num_storages = _num_storages([fakes[index] for index in tensors])
     is_grad_enabled, no_grad, is_not = torch.is_grad_enabled, torch.no_grad, operator.is_not
 
     def run(*inputs: Any) -> Any:
@@ -34,12 +40,27 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph) -> Callable[..., 
             known = weights
         elif list(map(dtype_of, weights)) != dtypes:  # module.to(dtype) keeps the Parameter and changes its data
             _check_replaced(captured.weights, weights, facts)
+        if tensors and _num_storages([inputs[index] for index in tensors]) != num_storages:
+            _refuse_sharing(captured, num_storages)
         if is_grad_enabled():
             with no_grad():
                 return call(*weights, *inputs)
         return call(*weights, *inputs)
 
     return run
+
+
+def _num_storages(tensors: list[torch.Tensor]) -> int:
+    return len({tensor.untyped_storage()._cdata for tensor in tensors})
+
+
+def _refuse_sharing(captured: CapturedGraph, num_storages: int) -> None:
+    raise InputContractError(
+        "the module changes an input in place, and its inputs don't share memory as they did when it was captured "
+        f"(then in {num_storages} different storages)",
+        where=", ".join(captured.input_names[:8]),
+        hint="pass tensors of their own memory, or compile once more for inputs that share it",
+    )
 
 
 def _facts(tensor: Any) -> tuple[Any, ...]:

@@ -52,7 +52,8 @@ class PieceCompiler:
             why = "asked for by eager_pieces" if self.config.backend != "eager" else "backend=eager"
             made = CompiledPiece(eager.compile_piece(piece), "eager", "off", why, 0.0)
         elif backend == "aot_eager":
-            made = CompiledPiece(aot_eager.compile_piece(piece), backend, "off", "backend=aot_eager", 0.0)
+            call, mutates_inputs = aot_eager.compile_piece(piece)
+            made = CompiledPiece(call, backend, "off", "backend=aot_eager", 0.0, mutates_inputs=mutates_inputs)
         else:
             made = self._with_inductor(piece, region)
         return replace(made, seconds=time.perf_counter() - started)
@@ -94,6 +95,7 @@ class PieceCompiler:
             why=f"same graph, options and machine as on {manifest.created}",
             seconds=0.0,
             key=key.digest,
+            mutates_inputs=manifest.mutates_inputs,
             constraints=manifest.constraints,
         )
 
@@ -104,7 +106,7 @@ class PieceCompiler:
         digest = None if key is None else key.digest
         if isinstance(made, inductor.InProcess):
             why = f"can't be stored: {made.reason}"
-            return CompiledPiece(made.call, "inductor", "off", why, 0.0, digest, constraints)
+            return CompiledPiece(made.call, "inductor", "off", why, 0.0, digest, made.mutates_inputs, constraints)
         artifact = replace(
             made,
             constraints=constraints,
@@ -112,7 +114,8 @@ class PieceCompiler:
         )
         trace_text(f"piece_{piece.index}_output_code", lambda: artifact.files[inductor.WRAPPER].decode())
         call, stored = self._write_and_load(artifact, key)
-        return CompiledPiece(call, "inductor", "miss" if stored else "off", why, 0.0, digest, constraints)
+        status = "miss" if stored else "off"
+        return CompiledPiece(call, "inductor", status, why, 0.0, digest, made.mutates_inputs, constraints)
 
     def _write_and_load(self, artifact: Artifact, key: Key | None) -> tuple[PieceCallable, bool]:
         if self.store is not None and key is not None:

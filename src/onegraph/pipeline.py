@@ -102,7 +102,7 @@ def build(
             compiled = [compiler.compile(piece, region) for piece in split.pieces]
 
         with stages.stage("bind"):
-            run = bind_weights(compiled[0].call, captured)
+            run = bind_weights(compiled[0].call, captured, compiled[0].mutates_inputs)
             entry = captured.bind_entry(captured.make_callable(run))
 
         explanation = _explain(name, config, stages, captured, compiled, region)

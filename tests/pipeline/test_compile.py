@@ -651,3 +651,73 @@ def test_a_narrowed_dim_is_found_whatever_the_dims_are_called() -> None:
     shapes = {"x": {0: Dim("dim1", min=1, max=4)}, "y": {0: Dim("dim0", min=1, max=100)}}
     with pytest.raises(ConstraintError, match="dim0 <= 50"):
         onegraph.compile(model, dynamic_shapes=shapes, config={"backend": "eager"})(torch.ones(3), torch.ones(5))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_inputs_that_come_to_share_memory_are_refused_where_one_is_changed(backend: str) -> None:
+    def model(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        a.add_(1)
+        return a + b
+
+    compiled = onegraph.compile(model, config={"backend": backend})
+    assert torch.equal(compiled(torch.ones(3), torch.ones(3)), torch.full((3,), 3.0))
+    x = torch.zeros(4)
+    for a, b in ((x[:3], x[1:]), (x[:3], x[:3])):
+        with pytest.raises(InputContractError, match="share memory"):
+            compiled(a, b)
+    assert x.sum() == 0
+
+
+class Stateful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.seen: list[Any] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return x + self.count
+
+
+class Collecting(Stateful):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x)
+        return x + 1
+
+
+@pytest.mark.parametrize(("kind", "state"), [(Stateful, "'count'"), (Collecting, "'seen'")])
+def test_python_state_that_is_read_and_changed_is_refused(kind: Any, state: str) -> None:
+    with pytest.raises(CaptureError, match=f"reads and changes Python state.*{state}"):
+        onegraph.compile(kind(), config={"backend": "eager"})(torch.ones(2))
+
+
+def test_the_weights_of_a_compiled_model_can_be_freed() -> None:
+    gone = []
+    for backend in BACKENDS:
+        module = nn.Linear(4, 4)
+        gone.append(weakref.ref(module.weight))
+        onegraph.compile(module, config={"backend": backend})(torch.ones(2, 4))
+        del module
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * len(BACKENDS)
+
+
+def test_a_tensor_hidden_in_an_object_is_refused() -> None:
+    class Holder:
+        tensor = torch.ones(2)
+
+    holder = Holder()
+    holder.tensor = torch.ones(2)
+    with pytest.raises(CaptureError, match="inside an argument whose type isn't known"):
+        onegraph.compile(lambda x, h: x + h.tensor, config={"backend": "eager"})(torch.ones(2), holder)
+
+
+def test_training_mode_and_lazy_bits_are_parts_of_the_contract() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).eval()
+    compiled = onegraph.compile(module, config={"backend": "eager"})
+    compiled(torch.ones(3, 2))
+    with pytest.raises(InputContractError, match="negative"):
+        compiled(torch._neg_view(torch.ones(3, 2)))
+    module.train()
+    with pytest.raises(InputContractError, match="training"):
+        compiled(torch.ones(3, 2))

@@ -61,6 +61,12 @@ def capture(
             where=f"{function.__module__}.{function.__qualname__}",
             hint="keep such state in an attribute of the module, or outside of it",
         )
+    if raw.changed_state:
+        raise CaptureError(
+            f"the module reads and changes Python state when it is called: {', '.join(raw.changed_state)}",
+            where=f"{function.__module__}.{function.__qualname__}",
+            hint="keep it in a tensor (register_buffer), pass it as an argument, or change it outside of forward",
+        )
     counters.add("graphs_captured")
     return _captured_graph(raw, inputs, function, owner, required_alignment)
 
@@ -97,7 +103,8 @@ def _captured_graph(
     symbols = _symbols(inputs, fakes)
     found = judge([*raw.asserted, *shapes.conditions(raw.fake_mode.shape_env)], inputs.dims, symbols, "capture")
     refuse_narrowing(found, inputs.dims)
-    contract = input_contract(inputs, fakes, symbols, required_alignment)
+    _refuse_hidden_tensors(inputs, fakes)
+    contract = input_contract(inputs, fakes, symbols, required_alignment, owner)
     residual_self = () if owner is None else (owner,)
 
     def make_callable(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,11 +130,23 @@ def _captured_graph(
     )
 
 
+def _refuse_hidden_tensors(inputs: CallInputs, fakes: dict[str, Any]) -> None:
+    """A tensor inside an object that the contract can't look into would be read unchecked."""
+    known = {leaf.source for leaf in inputs.leaves} | {leaf.indexed_source for leaf in inputs.leaves}
+    for source, fake in fakes.items():
+        if isinstance(fake, torch.Tensor) and source not in known:
+            raise CaptureError(
+                f"the module reads the tensor {source}, inside an argument whose type isn't known",
+                where=source,
+                hint="pass tensors as arguments, or in lists, tuples, dicts, named tuples or dataclasses",
+            )
+
+
 def _symbols(inputs: CallInputs, fakes: dict[str, Any]) -> dict[str, str]:
     """Which of torch's symbols stands for which declared dim, read off the declared dims of the inputs."""
     symbols: dict[str, str] = {}
     for leaf in inputs.leaves:
-        fake = fakes.get(leaf.source)
+        fake = fakes.get(leaf.source, fakes.get(leaf.indexed_source))
         if isinstance(fake, torch.Tensor):
             for index, dim in leaf.dims.items():
                 for symbol in shapes.symbol_names(fake.shape[index]):

@@ -59,8 +59,10 @@ def input_contract(
     fakes: Mapping[str, Any],
     symbols: Mapping[str, str],
     required_alignment: Callable[[int], int],
+    owner: Any = None,
 ) -> Contract:
-    """Builds the contract. `fakes` are the graph's symbolic values by Dynamo's source name.
+    """Builds the contract. `fakes` are the graph's symbolic values by Dynamo's source name; `owner` is the module
+    that is called, or None: whether it is in training mode is a part of the contract.
 
     Raises CaptureError for an input whose strides follow a size in a way that can't be told in its dims.
     """
@@ -70,6 +72,9 @@ def input_contract(
         on = f"_autocast_enabled({device!r})"
         lost = f" or _autocast_dtype({device!r}) is not {code.constant(state[1])}" if state[0] else ""
         code.check(f"{on} is not {state[0]}{lost}", f"({on},)", f"autocast on {device}", "state", state)
+    if isinstance(owner, torch.nn.Module):
+        name = f"{code.constant(owner)}.training"
+        code.check(f"{name} is not {owner.training}", name, "module.training", "value", owner.training)
     for container in inputs.containers:
         _check_container(code, container)
     first: dict[int, Leaf] = {}
@@ -78,7 +83,9 @@ def input_contract(
             twin = first.setdefault(id(leaf.value), leaf)
             if twin is not leaf:
                 code.check(f"{leaf.code} is not {twin.code}", leaf.code, leaf.path, "tensor", f"{twin.path} itself")
-            _check_tensor(code, leaf, fakes.get(leaf.source), symbols, required_alignment)
+            _check_tensor(
+                code, leaf, fakes.get(leaf.source, fakes.get(leaf.indexed_source)), symbols, required_alignment
+            )
         else:
             _check_constant(code, leaf)
     parameters, call = _signature_code(inputs, code)
@@ -95,6 +102,7 @@ def input_contract(
             "_autocast_enabled": torch.is_autocast_enabled,
             "_autocast_dtype": torch.get_autocast_dtype,
             "_Tensor": torch.Tensor,
+            "_Parameter": torch.nn.Parameter,
             **{f"_{name}": getattr(builtins, name) for name in ("type", "list", "len", "isinstance")},
         }
         exec(compile(source, "<onegraph input contract>", "exec"), namespace)  # noqa: S102 - our own text
@@ -154,7 +162,12 @@ def _check_tensor(
     required_alignment: Callable[[int], int],
 ) -> None:
     value, at, path = leaf.value, leaf.code, leaf.path
-    code.check(f"not _isinstance({at}, _Tensor)", at, path, "type", "Tensor")
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        code.check(f"_type({at}) is not _Tensor and _type({at}) is not _Parameter", at, path, "type", "Tensor")
+        lazy = f"({value.is_neg()}, {value.is_conj()})"
+        code.check(f"({at}.is_neg(), {at}.is_conj()) != {lazy}", at, path, "negative and conjugate bits", lazy)
+    else:
+        code.check(f"_type({at}) is not {code.constant(type(value))}", at, path, "type", type(value).__name__)
     code.check(f"{at}.dtype is not {code.constant(value.dtype)}", at, path, "dtype", value.dtype)
     code.check(f"{at}.device != {code.constant(value.device)}", at, path, "device", value.device)
     code.check(f"{at}.dim() != {value.dim()}", at, path, "rank", value.dim())

@@ -37,6 +37,8 @@ class Leaf:
     code: str
     value: Any
     dims: Mapping[int, DynamicDim]
+    indexed_source: str = ""
+    """Dynamo's other name for a field of a named tuple: by index instead of by name."""
 
 
 @dataclass(frozen=True)
@@ -166,14 +168,8 @@ class _Walk:
                 for i, v in enumerate(value)
             )
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            self.containers.append(Container(path, code, type(value), len(value)))
-            return type(value)(
-                *(
-                    self.visit(v, f"{path}.{f}", f"{source}.{f}", f"{code}.{f}", _child(spec, i, path, f))
-                    for i, (f, v) in enumerate(zip(value._fields, value, strict=True))
-                )
-            )
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return self.named_tuple(value, path, source, code, spec)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type | dict):
             return self.dataclass(value, path, source, code, spec)
         if spec is not None and not _is_static(spec):
             raise ConfigError(
@@ -182,6 +178,19 @@ class _Walk:
             )
         self.leaves.append(Leaf(path, source, code, value, {}))
         return value
+
+    def named_tuple(self, value: Any, path: str, source: str, code: str, spec: Any) -> Any:
+        """Fields are visited by name; Dynamo may name them by index."""
+        self.containers.append(Container(path, code, type(value), len(value)))
+        children = []
+        for i, field in enumerate(value._fields):
+            seen = len(self.leaves)
+            child_spec = _child(spec, i, path, field)
+            children.append(self.visit(value[i], f"{path}.{field}", f"{source}.{field}", f"{code}.{field}", child_spec))
+            for index, leaf in enumerate(self.leaves[seen:], seen):
+                indexed = leaf.source.replace(f"{source}.{field}", f"{source}[{i}]", 1)
+                self.leaves[index] = dataclasses.replace(leaf, indexed_source=indexed)
+        return type(value)(*children)
 
     def dataclass(self, value: Any, path: str, source: str, code: str, spec: Any) -> Any:
         """Fields are visited; the object is copied without its __init__, so that aliases stand in its fields."""

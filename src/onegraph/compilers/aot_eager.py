@@ -11,8 +11,11 @@ from onegraph.ir.piece import Piece
 from onegraph.torch_compat import aot
 
 
-def compile_piece(piece: Piece) -> PieceCallable:
-    """Must run inside `torch_compat.dynamo.compile_scope`. Raises CompileError."""
+def compile_piece(piece: Piece) -> tuple[PieceCallable, bool]:
+    """The callable, and whether it changes inputs in place. Raises CompileError.
+
+    Must run inside `torch_compat.dynamo.compile_scope`.
+    """
     counters.add("aot_compiles")
     try:
         return aot.compile_graph(copy.deepcopy(piece.graph_module), list(piece.fake_inputs), piece.fake_mode)

@@ -36,6 +36,7 @@ class InProcess:
 
     call: PieceCallable
     reason: str
+    mutates_inputs: bool
 
 
 def compile_artifact(piece: Piece, key: Key | None, target: Target, options: dict[str, Any]) -> Artifact | InProcess:
@@ -43,6 +44,7 @@ def compile_artifact(piece: Piece, key: Key | None, target: Target, options: dic
 
     Raises CompileError, which names the piece and says what torch or the toolchain said.
     """
+    target.check_toolchain()  # Inductor asks the C++ compiler too, and fails in its own words
     started = time.perf_counter()
     counters.add("inductor_compiles")
     try:
@@ -61,7 +63,7 @@ def compile_artifact(piece: Piece, key: Key | None, target: Target, options: dic
         assert output.callable is not None and output.link is not None
         with _in_files(target.build_kernels(output.kernels)) as paths:
             output.link(target.load_kernels(paths))
-        return InProcess(output.callable, output.not_portable)
+        return InProcess(output.callable, output.not_portable, output.mutates_inputs)
     source, kernels = take_apart(output.source, output.kernels)
     files = {WRAPPER: source.encode(), **target.build_kernels(kernels)}
     if output.constants:
@@ -72,6 +74,7 @@ def compile_artifact(piece: Piece, key: Key | None, target: Target, options: dic
         key=key or Key("", {}),
         files=files,
         aliases=output.aliases,
+        mutates_inputs=output.mutates_inputs,
         seconds=time.perf_counter() - started,
         facts={"num_kernels": len(kernels), "num_ops": len(piece.graph_module.graph.nodes)},
     )

@@ -37,6 +37,7 @@ class Artifact:
     key: Key
     files: Mapping[str, bytes]
     aliases: tuple[OutputAlias, ...] = ()
+    mutates_inputs: bool = False
     constraints: tuple[ShapeEntry, ...] = ()
     guards: str | None = None
     seconds: float = 0.0
@@ -54,5 +55,7 @@ class CompiledPiece:
     why: str
     seconds: float
     key: str | None = None
+    mutates_inputs: bool = False
+    """Whether it was compiled knowing which inputs share memory, so that others sharing it would be wrong."""
     constraints: tuple[ShapeEntry, ...] = ()
     guards: str | None = None

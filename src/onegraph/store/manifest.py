@@ -35,6 +35,7 @@ class Manifest:
     seconds: float
     files: dict[str, FileRecord]
     aliases: tuple[OutputAlias, ...]
+    mutates_inputs: bool
     constraints: tuple[ShapeEntry, ...]
     guards: str | None
     facts: dict[str, Any]
@@ -48,6 +49,7 @@ class Manifest:
             seconds=round(artifact.seconds, 3),
             files=files,
             aliases=artifact.aliases,
+            mutates_inputs=artifact.mutates_inputs,
             constraints=artifact.constraints,
             guards=artifact.guards,
             facts=dict(artifact.facts),

@@ -14,8 +14,10 @@ from torch._inductor.fx_utils import FakeTensorUpdater
 from torch._inductor.virtualized import V
 
 
-def compile_graph(graph_module: torch.fx.GraphModule, fake_inputs: list[Any], fake_mode: Any) -> Callable[..., Any]:
-    """Runs AOTAutograd under no_grad and returns its callable, which takes the inputs flat.
+def compile_graph(
+    graph_module: torch.fx.GraphModule, fake_inputs: list[Any], fake_mode: Any
+) -> tuple[Callable[..., Any], bool]:
+    """Runs AOTAutograd under no_grad; gives its callable, which takes the inputs flat, and whether it changes some.
 
     Mutating ops are put back in place by the passes that Inductor uses, so that a KV cache isn't cloned.
     """
@@ -34,7 +36,8 @@ def compile_graph(graph_module: torch.fx.GraphModule, fake_inputs: list[Any], fa
         boxed._boxed_call = True  # type: ignore[attr-defined]
         return boxed
 
-    with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+    context = torch._guards.TracingContext(fake_mode)
+    with torch.no_grad(), torch._guards.tracing(context):
         function: Callable[..., Any] = aot_module_simplified(
             graph_module,
             fake_inputs,
@@ -42,7 +45,8 @@ def compile_graph(graph_module: torch.fx.GraphModule, fake_inputs: list[Any], fa
             inference_compiler=run_in_place,
             keep_inference_input_mutations=True,
         )
-    return function
+        metadata = context.fw_metadata
+    return function, metadata is None or any(info.mutates_data for info in metadata.input_info)
 
 
 def _fake_tensor_updater(gm: torch.fx.GraphModule) -> FakeTensorUpdater:

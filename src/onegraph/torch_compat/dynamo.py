@@ -51,6 +51,7 @@ class RawCapture:
     traced_files: tuple[str, ...]
     make_callable: Callable[[Callable[..., Any]], Callable[..., Any]]
     stored_globals: tuple[str, ...]
+    changed_state: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def capture(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Raw
     graph_output, backend_input = output.graph_capture_output, output.backend_input
     if backend_input is None:
         raise Unsupported("there is no tensor operation in the traced function")
+    # Dynamo leaves its graph, with all weights on it, in the globals of the traced function.
+    traced_function.__globals__.pop(backend_input.backend_id, None)
     environment = graph_output.get_runtime_env()
 
     def make_callable(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,17 +122,19 @@ def capture(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Raw
 
     index_to_source = graph_output.output_graph.export_metadata.graph_input_idx_to_local_source
     placeholders = [n for n in backend_input.graph_module.graph.nodes if n.op == "placeholder"]
+    guards = tuple(_guard_facts(graph_output.output_graph.guards))
     return RawCapture(
         graph_module=backend_input.graph_module,
         sources=tuple(
             index_to_source[i].name if i in index_to_source else str(node.target) for i, node in enumerate(placeholders)
         ),
         fake_mode=backend_input.fake_mode,
-        guards=tuple(_guard_facts(graph_output.output_graph.guards)),
+        guards=guards,
         asserted=tuple(asserted),
         traced_files=tuple(sorted({code.co_filename for code in graph_output.traced_code})),
         make_callable=make_callable,
         stored_globals=_stored_globals(graph_output.bytecode),
+        changed_state=tuple(_changed_state(graph_output.bytecode, guards)),
     )
 
 
@@ -144,6 +149,30 @@ def _guard_facts(guards: Any) -> Iterator[GuardFact]:
 
 def _stored_globals(code: types.CodeType) -> tuple[str, ...]:
     return tuple(str(i.argval) for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"))
+
+
+def _changed_state(code: types.CodeType, guards: tuple[GuardFact, ...]) -> Iterator[str]:
+    """Python state that residual code changes and that the trace has read: one call's outcome would be repeated.
+
+    An attribute is told by a guard on its value; a list that isn't an argument is written as a whole.
+    """
+    value_guards = ("CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH", "ID_MATCH")
+    read = {guard.name.rpartition(".")[2] for guard in guards if guard.kind in value_guards}
+    instructions = [
+        i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PRECALL", "COPY", "SWAP", "POP_TOP")
+    ]
+    for index, instruction in enumerate(instructions):
+        following, before = instructions[index + 1 :], instructions[:index]
+        if instruction.argval == "object_setattr_ignore_descriptor":
+            name = next((i.argval for i in following if i.opname == "LOAD_CONST" and isinstance(i.argval, str)), None)
+            if name in read:
+                yield f"the attribute {name!r}"
+        elif instruction.opname in ("STORE_ATTR", "DELETE_ATTR") and instruction.argval in read:
+            yield f"the attribute {instruction.argval!r}"
+        elif instruction.opname in ("STORE_SUBSCR", "STORE_SLICE"):
+            holder = next((i for i in reversed(before) if i.opname not in ("LOAD_CONST", "BUILD_SLICE")), None)
+            if holder is not None and holder.opname in ("LOAD_ATTR", "LOAD_GLOBAL", "LOAD_DEREF"):
+                yield f"the list {holder.argval!r}"
 
 
 CAPTURE_EXCEPTIONS = (TorchDynamoException, ConstraintViolationError, GuardOnDataDependentSymNode)

@@ -21,6 +21,7 @@ from torch._inductor import async_compile, compile_fx
 from onegraph.errors import ConfigError, nearest
 from onegraph.ir.artifact import OutputAlias
 from onegraph.ir.target import KernelSource
+from onegraph.torch_compat.toolchain import python_headers_not_needed
 
 _HOOKS = (
     "pre_grad_custom_pass",
@@ -50,6 +51,7 @@ class InductorOutput:
     callable: Callable[..., Any] | None
     not_portable: str | None
     link: Callable[[Mapping[str, Any]], None] | None = None
+    mutates_inputs: bool = True
 
 
 def compile_graph(
@@ -72,9 +74,11 @@ def compile_graph(
         return output
 
     context = torch._guards.TracingContext(fake_mode)
-    with torch.no_grad(), torch._guards.tracing(context), _collect_kernels(collected, unbuilt):
+    collecting = _collect_kernels(collected, unbuilt)
+    with torch.no_grad(), torch._guards.tracing(context), collecting, python_headers_not_needed():
         function = compile_fx.compile_fx(graph_module, fake_inputs, inner_compile=inner_compile, config_patches=options)
         metadata = context.fw_metadata
+    mutates_inputs = metadata is None or any(info.mutates_data for info in metadata.input_info)
     reason = _why_not_portable(graphs, metadata, fake_inputs, collected)
     if reason is not None:
 
@@ -82,7 +86,7 @@ def compile_graph(
             for name, kernel in unbuilt.items():
                 kernel.built = built[name]
 
-        return InductorOutput("", tuple(collected), {}, (), function, reason, link)
+        return InductorOutput("", tuple(collected), {}, (), function, reason, link, mutates_inputs)
     return InductorOutput(
         source=graphs[0].source_code,
         kernels=tuple(collected),
@@ -90,6 +94,7 @@ def compile_graph(
         aliases=tuple(_aliases(metadata)),
         callable=None,
         not_portable=None,
+        mutates_inputs=mutates_inputs,
     )
 
 
