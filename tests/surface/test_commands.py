@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from onegraph.cli.main import COMMANDS, main
+from onegraph.config.compilation import FIELDS
 from onegraph.config.engine import EngineConfig
 
 
@@ -47,6 +48,8 @@ def test_commands_that_load_a_model_take_all_its_flags(command: str, capsys: pyt
     for name in set(EngineConfig.__dataclass_fields__) - {"model", "compilation_config"}:
         assert f"--{name.replace('_', '-')}" in text
     assert "-O3" in text
+    for name, info in FIELDS.items():
+        assert re.search(rf"\b{name} +{re.escape(info.doc)}", text)
 
 
 def test_the_help_of_all(capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +120,7 @@ def test_an_unknown_variable_stops_a_command(
         assert "did you mean 'ONEGRAPH_CACHE_ROOT'" in capsys.readouterr().err
 
 
-def test_without_a_compiler_only_enforce_eager_runs(fresh_cache: Path) -> None:
+def test_without_a_compiler_enforce_eager_and_warm_starts_run(fresh_cache: Path) -> None:
     words = ("run", "--prompt", "def ", "--max-tokens", "2")
     eager = onegraph(*words, "--enforce-eager", PATH="/nowhere")
     assert eager.returncode == 0, eager.stderr
@@ -126,6 +129,10 @@ def test_without_a_compiler_only_enforce_eager_runs(fresh_cache: Path) -> None:
     assert "[OG-COMPILE] there is no working C++ compiler" in compiled.stderr
     assert "apt-get install g++" in compiled.stderr
     assert "Traceback" not in compiled.stderr
+    with_compiler = onegraph(*words)
+    assert "start     cold" in with_compiler.stdout, with_compiler.stderr
+    warm = onegraph(*words, PATH="/nowhere")
+    assert "start     warm" in warm.stdout, warm.stderr
 
 
 def test_a_cache_root_that_was_asked_for_and_cannot_be_made(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onegraph.config.compilation import FIELDS, CompilationConfig
+from onegraph.config.compilation import FIELDS, CompilationConfig, FieldInfo
 from onegraph.config.engine import EngineConfig
 from onegraph.errors import ConfigError, nearest
 
@@ -84,10 +84,16 @@ def add_model_flags(parser: Parser, *, model: bool = True) -> None:
             group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=flag.help)
         else:
             group.add_argument(option, type=flag.kind, default=None, help=flag.help)
+    width = max(map(len, FIELDS))
+    fields = "\n".join(f"{name:<{width}}  {_about(info)}" for name, info in FIELDS.items())
     compilation = parser.add_argument_group(
-        "compilation", "-O3, -O.FIELD=VALUE, -O.FIELD VALUE or -O '{json}'; docs/options.md tells each FIELD"
+        "compilation", f"-O3, -O.FIELD=VALUE, -O.FIELD VALUE or -O '{{json}}', where FIELD is one of\n\n{fields}"
     )
     compilation.add_argument("-O", "--compilation-config", dest="compilation", action="append", metavar="CONFIG")
+
+
+def _about(info: FieldInfo) -> str:
+    return f"{info.doc}: {', '.join(info.choices)}" if info.choices else info.doc
 
 
 def split_compilation_words(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
