@@ -100,6 +100,25 @@ def test_a_model_that_is_not_there_fails_in_one_block() -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("limit", ["--max-num-seqs=1", "--max-model-len=5", "--max-num-batched-tokens=1"])
+def test_limits_of_one(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run", "-O.backend=eager", "--prompt=def ", "--prompt=import os", "--max-tokens=2", "--json"]
+    assert main(words) == 0
+    expected = json.loads(capsys.readouterr().out)["outputs"]
+    code = main([*words, limit])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    assert json.loads(shown.out)["outputs"] == expected
+
+
+@pytest.mark.parametrize("word", ["--dtype=float23", "--max-num-seqs=0", "--seed=x", "--max-tokens=0"])
+def test_a_value_that_makes_no_sense_is_bad_usage(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--enforce-eager", word]) == 2
+    told = capsys.readouterr().err
+    assert word.removeprefix("--").split("=")[0].replace("-", "_") in told.replace("-", "_")
+    assert "Traceback" not in told
+
+
 def test_explain_prints_json_with_the_promised_keys() -> None:
     result = onegraph("explain", "-O.backend=eager", "--json")
     assert result.returncode == 0, result.stderr

@@ -48,15 +48,22 @@ class FlatModel(torch.nn.Module):
 
     @staticmethod
     def dynamic_shapes(max_num_tokens: int, max_num_seqs: int, max_blocks: int) -> dict[str, Any]:
-        """The sizes that change between steps, for `onegraph.compile`."""
-        num_tokens = Dim("num_tokens", min=1, max=max_num_tokens)
-        num_reqs = Dim("num_reqs", min=1, max=max_num_seqs)
+        """The sizes that change between steps, for `onegraph.compile`.
+
+        A Dim has at least two sizes, so a limit of one is declared as two; the engine keeps to its limits.
+        """
+
+        def dim(name: str, most: int, least: int = 1) -> Any:
+            return Dim(name, min=least, max=max(least + 1, most))
+
+        num_tokens = dim("num_tokens", max_num_tokens)
+        num_reqs = dim("num_reqs", max_num_seqs)
         return {
             "input_ids": {0: num_tokens},
             "positions": {0: num_tokens},
             "slot_mapping": {0: num_tokens},
-            "query_start_loc": {0: Dim("num_starts", min=2, max=max_num_seqs + 1)},
+            "query_start_loc": {0: dim("num_starts", max_num_seqs + 1, least=2)},
             "seq_lens": {0: num_reqs},
-            "block_tables": {0: num_reqs, 1: Dim("num_blocks_per_req", min=1, max=max_blocks)},
-            "logits_indices": {0: Dim("num_logits", min=1, max=max(max_num_tokens, max_num_seqs))},
+            "block_tables": {0: num_reqs, 1: dim("num_blocks_per_req", max_blocks)},
+            "logits_indices": {0: dim("num_logits", max(max_num_tokens, max_num_seqs))},
         }

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from onegraph.errors import ModelError, nearest
+from onegraph.errors import ConfigError, ModelError, nearest
 from onegraph.models.architectures import check_architecture, experts_argument
 from onegraph.models.attention import ATTENTION, register
 from onegraph.models.flat_model import FlatModel
@@ -55,10 +55,10 @@ def load_model(
     """Loads a decoder-only model. `progress` is told the name of each step when it begins.
 
     `dtype` "auto" is the checkpoint's. Python code that comes with a model runs only with `trust_remote_code`.
-    Raises ModelError: nothing there, an architecture that isn't supported, a dtype that doesn't exist.
+    Raises ModelError: nothing there, an architecture that isn't supported. ConfigError: no such dtype.
     """
     step = progress or (lambda name: None)
-    where = str(path_or_id)
+    where, wanted = str(path_or_id), _dtype(dtype)
     step("config")
     config = _read(where, "config", lambda: AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code))
     layout = check_architecture(config, trust_remote_code)
@@ -75,7 +75,7 @@ def load_model(
             lambda: AutoModelForCausalLM.from_pretrained(
                 where,
                 config=config,
-                dtype=_dtype(dtype),
+                dtype=wanted,
                 attn_implementation=ATTENTION,
                 trust_remote_code=trust_remote_code,
                 **experts_argument(config),
@@ -102,7 +102,7 @@ def _dtype(dtype: str | torch.dtype) -> Any:
         return dtype
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise ModelError(f"dtype={dtype!r}", where="dtype", hint=nearest(name, ["auto", *DTYPES]))
+        raise ConfigError(f"dtype={dtype!r}", where="dtype", hint=nearest(name, ["auto", *DTYPES]))
     return DTYPES[name]
 
 

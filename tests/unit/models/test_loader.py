@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from onegraph.errors import ModelError
+from onegraph.errors import ConfigError, ModelError
 from onegraph.models import load_model
 from tests.architectures import byte_tokenizer, make_model
 
@@ -58,7 +58,7 @@ def test_dtype_is_the_checkpoints_unless_asked(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path, dtype=torch.bfloat16)
     assert load_model(folder).kv.dtype == torch.bfloat16
     assert load_model(folder, dtype="float32").kv.dtype == torch.float32
-    with pytest.raises(ModelError, match="bfloat16"):
+    with pytest.raises(ConfigError, match="bfloat16"):
         load_model(folder, dtype="bfloat61")
 
 
