@@ -16,6 +16,7 @@ import torch
 
 from onegraph.ir.key import Unkeyable
 from onegraph.torch_compat import shapes, torch_state
+from onegraph.torch_compat.operators import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 
 class _NoIdentityError(Exception):
@@ -94,13 +95,13 @@ class _Writer:
             return self.expression(value.node.expr)
         if isinstance(value, torch.dtype | torch.device | torch.layout | torch.memory_format | type(Ellipsis)):
             return str(value)
-        if isinstance(value, torch._ops.OpOverload):
+        if isinstance(value, OpOverload):
             if value.namespace not in ("aten", "prims") and torch_state.is_composite(value):
                 raise _NoIdentityError(f"the compiler takes {value} apart by its Python code, which isn't digested")
             return f"{value}|{value._schema}|{sorted(str(tag) for tag in value.tags)}"
-        if isinstance(value, torch._ops.OpOverloadPacket):
+        if isinstance(value, OpOverloadPacket):
             return f"{value}[{', '.join(self.object(getattr(value, name)) for name in value.overloads())}]"
-        if isinstance(value, torch._ops.HigherOrderOperator):
+        if isinstance(value, HigherOrderOperator):
             return str(value)
         if isinstance(value, enum.Enum):
             return f"{type(value).__module__}.{type(value).__qualname__}.{value.name}"
