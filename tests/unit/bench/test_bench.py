@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.__main__ import figures, measure, summary, table
+from bench import worker
+from bench.__main__ import add_ratios, checked, figures, measure, run_in_own_group, summary, table, without_paths
 from bench.models import SHAPES, make_config
 from bench.workloads import WORKLOADS, Workload
 
@@ -34,7 +37,9 @@ def test_prompts_are_the_same_for_every_engine() -> None:
 
 
 def test_medians_and_spread() -> None:
-    assert summary([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "all": [3.0, 1.0, 2.0]}
+    one = summary([3.0, 1.0, 2.0])
+    assert one == {"median": 2.0, "iqr": 1.0, "min": 1.0, "max": 3.0, "all": [3.0, 1.0, 2.0]}
+    assert summary([5.0])["iqr"] == 0.0
 
 
 def test_figures_count_all_requests_and_keep_failures() -> None:
@@ -46,6 +51,63 @@ def test_figures_count_all_requests_and_keep_failures() -> None:
     assert "seconds" not in figures(workload, [{"failed": "no"}])
 
 
+def test_generation_is_timed_after_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A static cache compiles for each batch size and length: a smaller warm-up leaves a compile to the clock."""
+    (tmp_path / "config.json").write_text('{"vocab_size": 100, "dtype": "bfloat16"}')
+    calls: list[tuple[int, int]] = []
+    compiled: set[tuple[int, int]] = set()
+
+    def generate(prompts: list[list[int]], num_tokens: int) -> int:
+        calls.append((len(prompts), num_tokens))
+        compiled.add(calls[-1])
+        return len(prompts) * num_tokens
+
+    monkeypatch.setitem(worker.ENGINES, "fake", lambda model: generate)
+    monkeypatch.setattr(worker, "graphs_compiled", lambda: len(compiled))
+    run = worker.main("fake", str(tmp_path), Workload("w", 6, 8, 10, "filled", "generate"), 0.0)
+    assert calls == [(6, 10), (6, 10)]
+    assert run["compiled_while_timed"] == 0 and run["tokens"] == 60
+
+
+def test_seconds_that_hold_compiling_are_refused() -> None:
+    good = {"seconds": 2.0, "tokens": 40, "compiled_while_timed": 0}
+    assert checked(good) == good
+    assert "compiled 2 graphs" in checked({**good, "compiled_while_timed": 2})["failed"]
+
+
+def test_graphs_compiled_counts_what_torch_compile_does() -> None:
+    before = worker.graphs_compiled()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(3))
+    assert worker.graphs_compiled() == before + 1
+
+
+def test_a_timeout_ends_what_the_process_started(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    script = f"sleep 60 & echo $! > {child}; wait"
+    assert run_in_own_group(["sh", "-c", script], dict(os.environ), 1.0)[0] is None
+    pid = int(child.read_text())
+    status = Path(f"/proc/{pid}/stat")
+    deadline = time.monotonic() + 5
+    while status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_failures_name_no_folders() -> None:
+    told = without_paths("No such file: '/home/someone/models/config.json' (1/2 done)")
+    assert told == "No such file: '…/config.json' (1/2 done)"
+
+
+def test_ratios_are_to_the_first_engine() -> None:
+    engines: dict[str, dict[str, Any]] = {
+        "a": {"tokens_per_s": {"median": 10.0}},
+        "b": {"tokens_per_s": {"median": 20.0}},
+        "c": {"failed": ["timeout"]},
+    }
+    add_ratios(engines)
+    assert [found["ratio"] for found in engines.values()] == [1.0, 0.5, None]
+
+
 def test_a_tiny_run_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setitem(SHAPES, "tiny", {**SHAPES["toy-30"], "num_hidden_layers": 1})
@@ -53,5 +115,6 @@ def test_a_tiny_run_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     facts: dict[str, Any] = measure("tiny", [workload], ["onegraph-eager", "transformers"], 1, 120.0, tmp_path)
     engines = facts["workloads"]["first"]["engines"]
     assert all(found["seconds"]["median"] > 0 and not found["failed"] for found in engines.values()), engines
+    assert all(found["dtype"] == ["bfloat16"] and found["threads"] == [1] for found in engines.values()), engines
     assert facts["environment"]["torch"] == torch.__version__
     assert "onegraph-eager" in table(facts)
