@@ -9,12 +9,14 @@ M most blocks of a request, L context length, Q new tokens of one request.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 
 from onegraph.ops.library import define
 
-QUERY_TILE = 512
-"""Queries of one request whose scores are held at a time."""
+SCORES_AT_ONCE = 1 << 24
+"""Scores of one request (queries by heads by context) that are held at a time, where more queries wait."""
 
 
 def paged_attention(
@@ -36,37 +38,56 @@ def paged_attention(
     the new tokens. `sliding_window` w lets position p see positions p - w + 1..p; `logit_softcap` c turns
     scores s into c * tanh(s / c); `sinks` [H] adds one logit to each softmax that takes weight and gives no
     value. Rows that no request owns are padding, and their outputs are zero. Returns [T, H, D].
+
+    Requests with one new token are computed together with those whose contexts round up to the same power of two
+    of blocks. So a request's shapes follow from its own length and not from its batch-mates', and nothing that lies
+    in the cache beyond its context (where there may be NaN) reaches it.
     """
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    block_size, device = k_cache.shape[1], q.device
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    decoding = [r for r, length in enumerate(lengths) if starts[r + 1] - starts[r] == 1 and length > 0]
-    if decoding:
-        rows = torch.tensor([starts[r] for r in decoding])
-        longest = max(lengths[r] for r in decoding)
-        blocks = block_tables[torch.tensor(decoding), : -(-longest // k_cache.shape[1])]
-        keys, values = _gather(k_cache, blocks, longest), _gather(v_cache, blocks, longest)
-        positions = seq_lens[torch.tensor(decoding)].long()[:, None] - 1
-        out[rows] = _attend(q[rows][:, None], keys, values, positions, scale, sliding_window, logit_softcap, sinks)[
-            :, 0
-        ]
+    together: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
     for r, length in enumerate(lengths):
         first, last = starts[r], starts[r + 1]
-        if last - first < 2:
+        if last == first:
             continue
-        blocks = block_tables[r : r + 1, : -(-length // k_cache.shape[1])]
-        keys, values = _gather(k_cache, blocks, length), _gather(v_cache, blocks, length)
-        for tile in range(first, last, QUERY_TILE):
-            end = min(tile + QUERY_TILE, last)
-            positions = torch.arange(length - last + tile, length - last + end)[None]
-            out[tile:end] = _attend(
-                q[None, tile:end], keys, values, positions, scale, sliding_window, logit_softcap, sinks
+        oldest = 0 if sliding_window is None else max(0, length - (last - first) - sliding_window + 1)
+        first_block, end_block = oldest // block_size, -(-length // block_size)
+        if last - first == 1:
+            together[(end_block - first_block - 1).bit_length()].append((r, first_block, end_block))
+            continue
+        blocks = block_tables[r, first_block:end_block].long()
+        begin = first_block * block_size
+        keys, values = (cache[blocks].flatten(0, 1)[None, : length - begin] for cache in (k_cache, v_cache))
+        places = torch.arange(begin, length, device=device)[None]
+        tile = max(1, SCORES_AT_ONCE // (q.shape[1] * length))
+        for at in range(first, last, tile):
+            end = min(at + tile, last)
+            seen = length - last + end - begin
+            out[at:end] = _attend(
+                q[None, at:end],
+                keys[:, :seen],
+                values[:, :seen],
+                torch.arange(length - last + at, length - last + end, device=device)[None],
+                places[:, :seen],
+                scale,
+                sliding_window,
+                logit_softcap,
+                sinks,
             )[0]
+    for log_blocks, members in together.items():
+        requests, first_blocks, end_blocks = torch.tensor(members, device=device).unbind(1)
+        columns = first_blocks[:, None] + torch.arange(1 << log_blocks, device=device)
+        blocks = block_tables[requests[:, None], columns.minimum(end_blocks[:, None] - 1)].long()
+        keys, values = k_cache[blocks].flatten(1, 2), v_cache[blocks].flatten(1, 2)
+        places = first_blocks[:, None] * block_size + torch.arange(keys.shape[1], device=device)
+        positions = seq_lens[requests].long()[:, None] - 1
+        values.masked_fill_((places > positions)[..., None, None], 0)  # a weight of 0 wouldn't do: 0 * NaN is NaN
+        rows = query_start_loc[requests].long()
+        out[rows] = _attend(
+            q[rows][:, None], keys, values, positions, places, scale, sliding_window, logit_softcap, sinks
+        )[:, 0]
     return out
-
-
-def _gather(cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` keys or values of each request: [requests, length, K, D]."""
-    return cache[blocks.long()].flatten(1, 2)[:, :length]
 
 
 def _attend(
@@ -74,12 +95,16 @@ def _attend(
     keys: torch.Tensor,
     values: torch.Tensor,
     positions: torch.Tensor,
+    places: torch.Tensor,
     scale: float,
     sliding_window: int | None,
     logit_softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention over gathered keys: q [R, Q, H, D], keys and values [R, L, K, D], positions [R, Q]."""
+    """Attention over gathered keys: q [R, Q, H, D], keys and values [R, L, K, D].
+
+    The queries stand at `positions` [R, Q], the keys at `places` [R, L].
+    """
     requests, queries, heads, size = q.shape
     shared = keys.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -88,10 +113,9 @@ def _attend(
     scores = scores.view(requests, shared, heads // shared, queries, -1) * scale
     if logit_softcap is not None:
         scores = torch.tanh(scores / logit_softcap) * logit_softcap
-    key_positions = torch.arange(keys.shape[1])
-    hidden = key_positions > positions[..., None]
+    hidden = places[:, None] > positions[..., None]
     if sliding_window is not None:
-        hidden |= key_positions <= positions[..., None] - sliding_window
+        hidden |= places[:, None] <= positions[..., None] - sliding_window
     scores.masked_fill_(hidden[:, None, None], float("-inf"))
     if sinks is not None:
         sink = sinks.to(dtype).view(1, shared, heads // shared, 1, 1).expand(*scores.shape[:-1], 1)

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-import onegraph.ops  # noqa: F401 - registers the ops
+from onegraph.ops.attention import paged_attention
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -114,6 +115,45 @@ def test_attention_equals_the_naive_computation(seed: int, dtype: torch.dtype) -
     assert out.dtype == dtype and out.is_contiguous()
     assert (out.double() - naive(batch, scale, window, softcap, sinks)).abs().max() < TOLERANCE[dtype]
     assert out[int(batch.starts[-1]) :].abs().sum() == 0, "padded rows are zero"
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_beyond_a_context_reaches_a_request(seed: int, window: int | None) -> None:
+    """Blocks that were freed by another request may hold NaN, and unused entries of a block table anything."""
+    batch = make_batch(seed, torch.float32)
+    torch.ops.onegraph.write_kv_cache(batch.k, batch.v, batch.k_cache, batch.v_cache, batch.slots)
+    size = batch.k_cache.shape[1]
+    own = {(int(batch.tables[r, p // size]), p % size) for r, n in enumerate(batch.lengths.tolist()) for p in range(n)}
+    for cache in (batch.k_cache, batch.v_cache):
+        for block in range(len(cache)):
+            for place in range(size):
+                if (block, place) not in own:
+                    cache[block, place] = torch.nan
+    for r, length in enumerate(batch.lengths.tolist()):
+        batch.tables[r, -(-length // size) :] = 10**6
+    out = attend(batch, 0.5, window, None, None)
+    assert (out.double() - naive(batch, 0.5, window, None, None)).abs().max() < TOLERANCE[torch.float32]
+
+
+def test_one_long_context_does_not_make_the_others_longer() -> None:
+    """Requests with one new token are computed with those of their own length: memory is at most twice what is read."""
+    lengths = [1024] + [8] * 63
+    tables = torch.zeros(64, 64, dtype=torch.int32)
+    starts, seq_lens = torch.arange(65, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
+    cache, q = torch.randn(1, 16, 1, 8), torch.randn(64, 1, 8)
+    shapes: list[int] = []
+
+    class Sizes(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                shapes.append(out.numel())
+            return out
+
+    with Sizes():
+        paged_attention(q, cache, cache, tables, starts, seq_lens, 1.0, None, None, None)
+    assert max(shapes) <= 2 * sum(-(-n // 16) * 16 for n in lengths) * 8
 
 
 def test_a_padded_row_writes_nowhere() -> None:
