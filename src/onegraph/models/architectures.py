@@ -1,22 +1,21 @@
-"""Which architectures are served: those proven, and others whose every attention layer is understood.
+"""Which architectures are served: those proven, and others of which everything that attention needs is understood.
 
-Takes a transformers config; runs the model's own code once without weights, with an attention that notes what
-each layer asks for. Gives the layout of the KV cache, or a ModelError that names what isn't supported.
+Takes a transformers config; runs the model's own code once without weights (see `probe.py`). Gives the layout of
+the KV cache, or a ModelError that names what isn't supported.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from onegraph.errors import ModelError, OnegraphError
 from onegraph.log import get_logger
-from onegraph.models.attention import PROBE, register
+from onegraph.models.attention import PROBE, AttentionCall
+from onegraph.models.masks import MaskRequest, first_difference
+from onegraph.models.probe import probe
 
 log = get_logger(__name__)
 
@@ -37,8 +36,8 @@ PROVEN = (
 )
 """The `model_type`s whose tokens are compared with transformers' own in the tests."""
 
-EXPERTS = "batched_mm"
-"""The implementation of mixture-of-experts layers that traces as one graph for every number of tokens."""
+DEFAULT_MAX_POSITIONS = 2048
+"""For configs that don't say how many positions the model has."""
 
 
 @dataclass(frozen=True)
@@ -50,65 +49,74 @@ class AttentionLayout:
     head_dim: int
 
 
+def max_positions(config: Any) -> int:
+    """The longest context that the config speaks of."""
+    return int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_POSITIONS)
+
+
 def check_architecture(config: Any, trust_remote_code: bool) -> AttentionLayout:
     """Raises ModelError, before any weights are read, for an architecture that can't be served."""
     kind = getattr(config, "model_type", "?")
-    if getattr(config, "is_encoder_decoder", False):
-        raise _unsupported(kind, "it is an encoder-decoder")
-    if getattr(config, "reorder_and_upcast_attn", False):
-        raise _unsupported(kind, "its attention (reorder_and_upcast_attn) doesn't go through transformers' interface")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (trust_remote_code and hasattr(config, "auto_map")):
-        raise _unsupported(kind, "transformers has no causal language model class for it")
-    seen = _probe(config, kind, trust_remote_code)
-    layers = config.get_text_config().num_hidden_layers
-    if sorted(entry["layer_idx"] for entry in seen) != list(range(layers)):
-        raise _unsupported(
-            kind,
-            f"{len(seen)} of its {layers} layers use attention that goes through transformers' interface once each; "
-            "state-space and mixed layers aren't supported",
-        )
-    layouts = {(entry["num_kv_heads"], entry["head_dim"]) for entry in seen}
-    if len(layouts) != 1:
-        raise _unsupported(kind, f"its layers have different key-value heads: {sorted(layouts)}")
-    if kind not in PROVEN:
-        log.warning("%s isn't among the architectures that are tested; every attention layer of it is understood", kind)
-    heads, size = layouts.pop()
-    return AttentionLayout(layers, heads, size)
-
-
-def _probe(config: Any, kind: str, trust_remote_code: bool) -> list[dict[str, Any]]:
-    """One call on the meta device with two tokens: no weights, no arithmetic, the model's own Python."""
-    register()
-    seen: list[dict[str, Any]] = []
-    config = copy.deepcopy(config)
-    config.pad_token_id = None  # with one, transformers looks for it in the ids, which meta tensors don't have
-    ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    reason = _refused_by_config(config, trust_remote_code)
+    if reason is not None:
+        raise _unsupported(kind, reason)
     try:
-        with torch.device("meta"), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(
-                config,
-                attn_implementation=PROBE,
-                trust_remote_code=trust_remote_code,
-                **experts_argument(config),
-            ).eval()
-            model(
-                input_ids=ids,
-                position_ids=ids,
-                use_cache=False,
-                logits_to_keep=torch.zeros(1, dtype=torch.int64, device="meta"),
-                onegraph_seen=seen,
-            )
+        calls = probe(config, trust_remote_code)
     except OnegraphError as error:
         raise _unsupported(kind, error.message, error.where) from error
     except Exception as error:
-        raise _unsupported(kind, f"its code failed on a flat batch: {type(error).__name__}: {error!s:.200}") from error
-    return seen
+        if isinstance(error, KeyError) and PROBE in error.args:
+            reason = "its attention doesn't go through transformers' interface"
+        elif MaskRequest.__name__ in str(error):
+            reason = "it computes with its attention mask, which a flat batch doesn't have"
+        else:
+            reason = f"its code failed on a flat batch: {type(error).__name__}: {error!s:.200}"
+        raise _unsupported(kind, reason) from error
+    layout = _common_layout(kind, calls, config.num_hidden_layers)
+    for call in calls:
+        reason = _refused_by_mask(call, max_positions(config))
+        if reason is not None:
+            raise _unsupported(kind, reason, call.where)
+    if kind not in PROVEN:
+        log.warning("%s isn't among the architectures that are tested; every attention layer of it is understood", kind)
+    return layout
 
 
-def experts_argument(config: Any) -> dict[str, Any]:
-    """The keyword that chooses the implementation of experts, for configs that have experts."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return {"experts_implementation": EXPERTS} if any(getattr(config, name, None) for name in names) else {}
+def _refused_by_config(config: Any, trust_remote_code: bool) -> str | None:
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if config.get_text_config() is not config:
+        return "it takes more than text (its config has a text config inside)"
+    if getattr(config, "quantization_config", None) is not None:
+        return "its weights are quantized (quantization_config)"
+    if getattr(config, "reorder_and_upcast_attn", False):
+        return "its attention (reorder_and_upcast_attn) doesn't go through transformers' interface"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (trust_remote_code and hasattr(config, "auto_map")):
+        return "transformers has no causal language model class for it"
+    return None
+
+
+def _refused_by_mask(call: AttentionCall, num_positions: int) -> str | None:
+    asked = "no window" if call.sliding_window is None else f"a window of {call.sliding_window}"
+    try:
+        difference = first_difference(call.mask, call.sliding_window, num_positions)
+    except Exception as error:  # noqa: BLE001 - the rule is the model's own code
+        return f"the rule of its attention mask isn't one of positions alone: {type(error).__name__}: {error!s:.200}"
+    return None if difference is None else f"its attention is causal with {asked}, but {difference}"
+
+
+def _common_layout(kind: str, calls: list[AttentionCall], num_layers: int) -> AttentionLayout:
+    if sorted(call.layer_idx for call in calls) != list(range(num_layers)):
+        raise _unsupported(
+            kind,
+            f"{len(calls)} of its {num_layers} layers use attention that goes through transformers' interface once "
+            "each; state-space and mixed layers aren't supported",
+        )
+    layouts = {(call.num_kv_heads, call.head_dim) for call in calls}
+    if len(layouts) != 1:
+        raise _unsupported(kind, f"its layers have different key-value heads: {sorted(layouts)}")
+    heads, size = layouts.pop()
+    return AttentionLayout(num_layers, heads, size)
 
 
 def _unsupported(kind: str, reason: str, where: str | None = None) -> ModelError:

@@ -8,6 +8,7 @@ Letters: T tokens, H query heads, K key-value heads, D head size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import onegraph.ops  # noqa: F401 - registers the ops
 from onegraph.errors import ModelError
+from onegraph.models.masks import MaskRequest, register_mask
 
 ATTENTION = "onegraph_paged"
 PROBE = "onegraph_probe"
@@ -37,8 +39,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Arguments that say nothing about attention, with the values for which that is so; None stands for any value."""
 
-_OURS = ("slot_mapping", "query_start_loc", "seq_lens", "block_tables", "kv_caches")
 _UNDERSTOOD = ("scaling", "sliding_window", "softcap", "s_aux")
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one layer asked for when the model was probed."""
+
+    where: str
+    layer_idx: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None
+    mask: MaskRequest
 
 
 def paged_attention(
@@ -87,17 +100,15 @@ def probe_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Any,
     *,
-    onegraph_seen: list[dict[str, Any]],
+    onegraph_seen: list[AttentionCall] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Notes what one layer asks for. Raises ModelError for what the ops don't do, by its name."""
     layer = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
-    if attention_mask is not None:
-        raise ModelError(
-            "the model passes an attention mask of its own, which paged attention doesn't take", where=layer
-        )
+    if onegraph_seen is None:
+        raise ModelError("keyword arguments of the model's forward don't reach its attention", where=layer)
     for name, given in kwargs.items():
         neutral = _NEUTRAL.get(name, ())
         if name in _UNDERSTOOD or given is None or neutral is None or given in neutral:
@@ -105,6 +116,11 @@ def probe_attention(
         raise ModelError(f"the model's attention uses {name}={given!r:.60}, which isn't supported", where=layer)
     if getattr(module, "is_causal", True) is False:
         raise ModelError("the model's attention isn't causal", where=layer)
+    if not isinstance(attention_mask, MaskRequest):
+        raise ModelError(
+            "the model's attention mask doesn't come from transformers' mask functions, so it can't be understood",
+            where=layer,
+        )
     if not isinstance(getattr(module, "layer_idx", None), int):
         raise ModelError("an attention layer has no layer_idx", where=layer)
     if key.shape != value.shape or query.shape[-1] != key.shape[-1] or query.shape[1] % key.shape[1]:
@@ -113,7 +129,10 @@ def probe_attention(
             "isn't supported",
             where=layer,
         )
-    onegraph_seen.append({"layer_idx": module.layer_idx, "num_kv_heads": key.shape[1], "head_dim": key.shape[-1]})
+    window = kwargs.get("sliding_window")
+    onegraph_seen.append(
+        AttentionCall(layer, module.layer_idx, key.shape[1], key.shape[-1], window, attention_mask)  # type: ignore[arg-type]
+    )
     return query.transpose(1, 2).contiguous(), None
 
 
@@ -121,3 +140,4 @@ def register() -> None:
     """Puts both functions into transformers' attention interface; doing it again changes nothing."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, paged_attention)
     ALL_ATTENTION_FUNCTIONS.register(PROBE, probe_attention)
+    register_mask(PROBE)

@@ -11,10 +11,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from onegraph.counters import counters
 from onegraph.errors import ConfigError, ModelError, nearest
-from onegraph.models.architectures import check_architecture, experts_argument
+from onegraph.log import get_logger
+from onegraph.models.architectures import check_architecture, max_positions
 from onegraph.models.attention import ATTENTION, register
 from onegraph.models.flat_model import FlatModel
+from onegraph.models.probe import experts_argument
+from onegraph.models.rotary import fix_frequencies
+
+log = get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,7 +37,10 @@ class KVLayout:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory. `weight_bytes` counts tied weights once; `tokenizer` may be None if the folder has none."""
+    """A model in memory. `weight_bytes` counts tied weights once.
+
+    `max_model_len` is the config's, or less where rotary frequencies would change beyond (see `rotary.py`).
+    """
 
     module: FlatModel
     config: Any
@@ -55,7 +64,8 @@ def load_model(
     """Loads a decoder-only model. `progress` is told the name of each step when it begins.
 
     `dtype` "auto" is the checkpoint's. Python code that comes with a model runs only with `trust_remote_code`.
-    Raises ModelError: nothing there, an architecture that isn't supported. ConfigError: no such dtype.
+    Raises ModelError: nothing there, an architecture that isn't supported, weights that the files don't hold.
+    ConfigError: no such dtype.
     """
     step = progress or (lambda name: None)
     where, wanted = str(path_or_id), _dtype(dtype)
@@ -69,7 +79,7 @@ def load_model(
     )
     step("weights")
     with _QuietTransformers():
-        model = _read(
+        model, found = _read(
             where,
             "weights",
             lambda: AutoModelForCausalLM.from_pretrained(
@@ -78,12 +88,21 @@ def load_model(
                 dtype=wanted,
                 attn_implementation=ATTENTION,
                 trust_remote_code=trust_remote_code,
+                output_loading_info=True,
                 **experts_argument(config),
             ),
         )
+    _check_complete(where, found)
     model = model.to(device).eval().requires_grad_(False)
     parameters = list(model.parameters())
-    text = config.get_text_config()
+    max_model_len, fixed_to = max_positions(config), fix_frequencies(model)
+    if fixed_to is not None and fixed_to < max_model_len:
+        counters.add("downgrades")
+        log.warning(
+            "%s: contexts of %d tokens, not %d: beyond, the rotary frequencies of all tokens of a call would change",
+            where, fixed_to, max_model_len,
+        )  # fmt: skip
+        max_model_len = fixed_to
     return LoadedModel(
         module=FlatModel(model),
         config=config,
@@ -91,10 +110,25 @@ def load_model(
         generation_config=getattr(model, "generation_config", None) or GenerationConfig(),
         name=Path(where).name if Path(where).exists() else where,
         kv=KVLayout(layout.num_layers, layout.num_kv_heads, layout.head_dim, parameters[0].dtype),
-        max_model_len=int(getattr(text, "max_position_embeddings", None) or 2048),
+        max_model_len=max_model_len,
         num_parameters=sum(p.numel() for p in parameters),
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
     )
+
+
+def _check_complete(where: str, found: dict[str, Any]) -> None:
+    """transformers fills weights that the files don't hold with random numbers."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            f"the files of {where!r} don't hold {len(missing)} of the model's weights: {', '.join(missing[:3])}{more}",
+            where=where,
+            hint="download the model again, or check that config.json belongs to these weights",
+        )
+    unexpected = sorted(found["unexpected_keys"])
+    if unexpected:
+        log.warning("%s: %d weights aren't used: %s", where, len(unexpected), ", ".join(unexpected[:5]))
 
 
 def _dtype(dtype: str | torch.dtype) -> Any:

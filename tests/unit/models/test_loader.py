@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from onegraph.counters import counters
 from onegraph.errors import ConfigError, ModelError
 from onegraph.models import load_model
 from tests.architectures import byte_tokenizer, make_model
@@ -24,7 +26,7 @@ def config_only(folder: Path, kind: str, **fields: Any) -> Path:
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64, "intermediate_size": 32}
 UNSUPPORTED = {
     "t5": ({}, "encoder-decoder"),
-    "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}, "0 of its 2 layers"),
+    "mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}, "Conv1d mixes tokens"),
     "bert": (SMALL, "isn't causal|no causal language model|whole|attention"),
     "gpt2": ({"n_embd": 32, "n_layer": 1, "n_head": 2, "reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
     "deepseek_v3": (
@@ -52,6 +54,33 @@ def test_a_sharded_model_equals_the_whole_one(tmp_path: Path) -> None:
     for name, tensor in one.module.state_dict().items():
         assert torch.equal(tensor, many.module.state_dict()[name]), name
     assert one.num_parameters == many.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_weights_that_the_files_do_not_hold_are_an_error(tmp_path: Path) -> None:
+    """transformers would fill them with random numbers and say so in a message only."""
+    folder = make_model("llama", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"don't hold 1 of the model's weights: model\.layers\.1\.mlp\.down_proj\.weight"
+    ):
+        load_model(folder)
+
+
+def test_contexts_end_where_rotary_frequencies_would_change(tmp_path: Path) -> None:
+    folder = make_model("phi3", tmp_path)
+    facts = json.loads((folder / "config.json").read_text())
+    facts["original_max_position_embeddings"] = 128
+    facts["rope_parameters"] = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 8,
+        "long_factor": [3.0] * 8,
+    }
+    (folder / "config.json").write_text(json.dumps(facts))
+    with counters.expect(downgrades=1):
+        assert load_model(folder).max_model_len == 128
 
 
 def test_dtype_is_the_checkpoints_unless_asked(tmp_path: Path) -> None:
