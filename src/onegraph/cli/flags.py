@@ -148,8 +148,8 @@ def _set(fields: dict[str, Any], path: str, text: str) -> None:
                 f"{name} has no parts, and -O.{path} names one", where=f"-O.{path}", hint=f"-O.{name}=VALUE"
             )
         # Inductor's own options have dots in their names (cpp.threads): what follows is one key.
-        value = {**fields.get(name, {}), ".".join(path.split(".")[1:]): value}
-    fields[name] = CompilationConfig.of({name: value}).given()[name]
+        value = {**fields.get(name, {}), ".".join(keys): value}
+    fields.update(CompilationConfig.of({name: value}).given())  # null sets nothing
 
 
 def _merge(fields: dict[str, Any], over: dict[str, Any]) -> None:

@@ -144,7 +144,7 @@ FIELDS: Mapping[str, FieldInfo] = {
 
 def _parsed(text: str) -> Any:
     stripped = text.strip().removeprefix("-").removeprefix("O").removeprefix("=")
-    if stripped.isdigit():
+    if stripped.isdecimal():
         return int(stripped)
     try:
         value = json.loads(text)
@@ -225,6 +225,7 @@ def _range(name: str, value: Any) -> tuple[int, int] | int:
     if isinstance(value, int) and not isinstance(value, bool):
         return _whole(name, value, None)
     items = _items(name, value)
-    if len(items) != 2 or not all(isinstance(i, int) for i in items) or items[0] > items[1]:
+    first, last = (_whole(name, item, None) for item in items) if len(items) == 2 else (1, 0)
+    if first > last:
         raise _wrong(name, value, "endpoints, or pairs [from, to]")
-    return (items[0], items[1])
+    return (first, last)

@@ -148,7 +148,11 @@ def _asked(config: CompilationConfig, environment: Environment) -> dict[str, Def
         ("ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT", {"compile_cache_save_format": save_format} if save_format else {}),
         ("ONEGRAPH_COMPILATION_CONFIG", environment.compilation_config or {}),
     ):
-        for name, value in CompilationConfig.of(settings).given().items():
+        try:
+            over = CompilationConfig.of(settings).given()
+        except ConfigError as error:
+            raise ConfigError(error.message, where=source, hint=error.hint) from error
+        for name, value in over.items():
             under = asked.get(name)
             if under is not None and FIELDS[name].kind == "dict":
                 asked[name] = Default({**under.value, **value}, f"{under.why}, {source}")

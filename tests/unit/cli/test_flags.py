@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onegraph.cli.flags import Parser, UsageError, add_model_flags, engine_config, split_compilation_words
-from onegraph.config.compilation import FIELDS, CompilationConfig
+from onegraph.config.compilation import FIELDS, CompilationConfig, CompilationMode
 from onegraph.config.engine import EngineConfig
 from onegraph.errors import ConfigError
 
@@ -82,6 +82,19 @@ def test_nested_keys_and_order() -> None:
         "passes": {"fuse_add": False, "fuse_rope": {"width": 4}},
         "backend": "aot_eager",
     }
+
+
+def test_dashes_in_keys_are_underscores_too() -> None:
+    assert fields_of("-O.inductor-compile-config.max-autotune=true", "-O.passes.fuse-add=false") == {
+        "inductor_compile_config": {"max_autotune": True},
+        "passes": {"fuse_add": False},
+    }
+
+
+@pytest.mark.parametrize("words", [("-O.mode=null",), ("-O", '{"mode": null}'), ("-O.mode", "null")])
+def test_null_sets_nothing(words: tuple[str, ...]) -> None:
+    assert fields_of(*words) == {}
+    assert fields_of("-O.mode=NONE", *words) == {"mode": CompilationMode.NONE}
 
 
 def test_other_words_stay_in_their_order() -> None:

@@ -83,6 +83,9 @@ def test_it_is_frozen_and_keeps_its_own_copy() -> None:
         ({"compile_sizes": [8, "9"]}, "whole numbers"),
         ({"compile_ranges": [[9, 8]]}, "pairs"),
         ({"compile_ranges": [[1, 2, 3]]}, "pairs"),
+        ({"compile_ranges": [[-5, 3]]}, "0 or more"),
+        ({"compile_ranges": [[True, 3]]}, "0 or more"),
+        ({"compile_ranges": [-1]}, "0 or more"),
         ({"splitting_ops": [1]}, "list of strings"),
         ({"passes": ["fuse"]}, "an object"),
         ({"inductor_compile_config": {1: 2}}, "an object"),
@@ -94,10 +97,25 @@ def test_what_makes_no_sense_is_refused(fields: dict[str, object], told: str) ->
     assert next(iter(fields)) in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [True, 1.5, [], "two", "[1]", "4", -1])
+@pytest.mark.parametrize("value", [True, 1.5, [], "two", "[1]", "4", -1, "\u00b2"])
 def test_what_is_no_config_at_all_is_refused(value: object) -> None:
     with pytest.raises(ConfigError):
         CompilationConfig.of(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [object(), 1.5, "", b"eager"], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_refuses_another_type_by_its_name(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"\] {name}=") as caught:
+        CompilationConfig(**{name: value})  # type: ignore[arg-type]
+    assert caught.value.where == name
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_is_known_when_it_is_misspelled(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean '{name}'"):
+        CompilationConfig.of({name + "x": None})
 
 
 def test_each_field_says_what_it_affects() -> None:

@@ -80,6 +80,27 @@ def test_the_save_format_variable() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("variables", "name", "told"),
+    [
+        ({"compile_cache_save_format": "zip"}, "ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT", "zip"),
+        ({"compilation_config": {"backed": "eager"}}, "ONEGRAPH_COMPILATION_CONFIG", "did you mean 'backend'"),
+        ({"compilation_config": {"level": 7}}, "ONEGRAPH_COMPILATION_CONFIG", "level=7"),
+    ],
+)
+def test_a_wrong_value_of_a_variable_names_the_variable(variables: dict[str, Any], name: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        resolve(CompilationConfig(), rules=CPU, environment=replace(environment(), **variables))
+    assert caught.value.where == name
+
+
+def test_the_level_of_the_environment_goes_over_the_users() -> None:
+    config = resolved({"level": 1, "backend": "aot_eager"}, env={"level": 3})
+    assert (config.level, config.mode, config.backend) == (3, CompilationMode.ONEGRAPH, "aot_eager")
+    assert config.why["level"] == "ONEGRAPH_COMPILATION_CONFIG"
+    assert config.why["backend"] == "user"
+
+
 def test_enforce_eager_compiles_nothing_at_any_level() -> None:
     config = resolved(3, enforce_eager=True, rules=RECORDING)
     assert (config.mode, config.backend) == (CompilationMode.NONE, "eager")
@@ -110,30 +131,33 @@ def test_what_says_the_same_is_no_contradiction() -> None:
     assert config.why["mode"] == "user"
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"splitting_ops": ["onegraph::paged_attention"]},
-        {"extra_passes": ["module:Class"]},
-        {"passes": {"fuse_add": False}},
-        {"eager_pieces": [3, 7]},
-        {"compile_sizes": [1]},
-        {"compile_ranges": [[1, 8]]},
-        {"cudagraph_mode": "PIECEWISE"},
-        {"cudagraph_capture_sizes": [1, 2]},
-        {"cudagraph_check": "always"},
-        {"cudagraph_lazy": True},
-        {"cudagraph_debug": True},
-        {"on_memory_change": "rerecord"},
-        {"dynamic_shapes": "backed"},
-        {"dynamic_shapes": "backed_size_oblivious"},
-        {"on_constraint": "split"},
-        {"on_state_change": "error"},
-        {"freeze": True},
-        {"compile_cache_save_format": "unpacked"},
-    ],
-    ids=lambda fields: next(iter(fields)),
-)
+REFUSED: list[dict[str, Any]] = [
+    {"splitting_ops": ["onegraph::paged_attention"]},
+    {"extra_passes": ["module:Class"]},
+    {"passes": {"fuse_add": False}},
+    {"eager_pieces": [3, 7]},
+    {"compile_sizes": [1]},
+    {"compile_ranges": [[1, 8]]},
+    {"cudagraph_mode": "PIECEWISE"},
+    {"cudagraph_capture_sizes": [1, 2]},
+    {"cudagraph_check": "always"},
+    {"cudagraph_lazy": True},
+    {"cudagraph_debug": True},
+    {"on_memory_change": "rerecord"},
+    {"dynamic_shapes": "backed"},
+    {"dynamic_shapes": "backed_size_oblivious"},
+    {"on_constraint": "split"},
+    {"on_state_change": "error"},
+    {"freeze": True},
+    {"compile_cache_save_format": "unpacked"},
+]
+
+
+def test_the_list_of_what_is_refused_is_whole() -> None:
+    assert {name for fields in REFUSED for name in fields} == set(HONOURED) | {"passes", "cudagraph_mode"}
+
+
+@pytest.mark.parametrize("fields", REFUSED, ids=lambda fields: next(iter(fields)))
 def test_what_this_version_cannot_do_is_refused_when_asked(fields: dict[str, Any]) -> None:
     name = next(iter(fields))
     with pytest.raises(ConfigError, match="can't be honoured|there is no pass") as caught:
