@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,16 @@ def test_empty_is_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.setenv(name, "")
     assert environment() == plain
+
+
+@pytest.mark.parametrize("extra", [{}, {"ONEGRAPH_NO_SUCH": "1"}, {"ONEGRAPH_LOG_LEVEL": "loud"}], ids=str)
+def test_reading_changes_nothing(extra: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ONEGRAPH_LOG_LEVEL": "info", "ONEGRAPH_DISABLE_COMPILE_CACHE": "", **extra}.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    with contextlib.suppress(ConfigError):
+        environment()
+    assert dict(os.environ) == before
 
 
 def test_values_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:

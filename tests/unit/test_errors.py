@@ -17,6 +17,13 @@ def test_an_error_tells_what_where_and_what_to_do() -> None:
     assert text == "[OG-CONFIG] backend='inductr'\n  where: -O.backend\n  to do: did you mean 'inductor'?"
 
 
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_every_error_is_one_block_of_three_parts(kind: type[OnegraphError]) -> None:
+    error = kind("failed", where="here", hint="do that")
+    assert str(error) == f"[{kind.code}] failed\n  where: here\n  to do: do that"
+    assert (error.message, error.where, error.hint) == ("failed", "here", "do that")
+
+
 def test_parts_that_are_not_given_leave_no_line() -> None:
     assert str(ConfigError("no")) == "[OG-CONFIG] no"
 

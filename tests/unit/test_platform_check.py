@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import onegraph
 from onegraph.errors import ConfigError
 from onegraph.platform_check import platform_problem, require_supported, torch_problem
 
@@ -74,3 +75,14 @@ def test_platforms(system: str, machine: str, supported: bool, monkeypatch: pyte
     else:
         with pytest.raises(ConfigError, match=f"not on {system} {machine}"):
             require_supported()
+
+
+@pytest.mark.parametrize("name", ["LLM", "SamplingParams", "compile", "support_torch_compile"])
+def test_a_public_name_that_needs_torch_says_so_before_torch_is_touched(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.8.0")
+    monkeypatch.delitem(vars(onegraph), name, raising=False)
+    with pytest.raises(ConfigError, match=r"torch 2\.8\.0 is installed"):
+        getattr(onegraph, name)
+    assert onegraph.CompilationConfig(level=1).level == 1, "what needs no torch works all the same"

@@ -1,0 +1,233 @@
+"""The promised table of flags, row by row: all spellings and Python say the same, and counters prove what runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from onegraph import LLM, CompilationConfig, CompilationMode, CUDAGraphMode, SamplingParams
+from onegraph.cli.main import main
+from onegraph.config.compilation import FIELDS
+from onegraph.config.resolve import resolve
+from onegraph.counters import counters
+from onegraph.env import environment
+from onegraph.errors import ConfigError
+from onegraph.targets import device_rules
+from tests.architectures import make_model
+
+ACCEPTED: list[tuple[str, Any]] = [
+    ("level", 0),
+    ("level", 1),
+    ("level", 2),
+    ("level", 3),
+    ("mode", "NONE"),
+    ("mode", 0),
+    ("mode", "STOCK_TORCH_COMPILE"),
+    ("mode", 2),
+    ("mode", "ONEGRAPH"),
+    ("backend", "eager"),
+    ("backend", "aot_eager"),
+    ("backend", "inductor"),
+    ("splitting_ops", []),
+    ("passes", {}),
+    ("extra_passes", []),
+    ("eager_pieces", [0]),
+    ("compile_sizes", []),
+    ("compile_ranges", []),
+    ("cudagraph_mode", "NONE"),
+    ("cudagraph_capture_sizes", []),
+    ("cudagraph_check", "first"),
+    ("cudagraph_lazy", False),
+    ("cudagraph_debug", False),
+    ("on_memory_change", "error"),
+    ("dynamic_shapes", "unbacked"),
+    ("on_constraint", "error"),
+    ("on_state_change", "recapture"),
+    ("freeze", False),
+    ("compile_cache_save_format", "binary"),
+    ("inductor_compile_config", {}),
+    ("max_num_tokens", 64),
+]
+REFUSED: list[tuple[str, Any]] = [
+    ("splitting_ops", ["onegraph::paged_attention"]),
+    ("passes", {"NAME": False}),
+    ("passes", {"NAME": {"width": 4}}),
+    ("extra_passes", ["module:Class"]),
+    ("eager_pieces", [3, 7]),
+    ("compile_sizes", [1, 8]),
+    ("compile_ranges", [[1, 8]]),
+    ("cudagraph_mode", "PIECEWISE"),
+    ("cudagraph_mode", "FULL"),
+    ("cudagraph_mode", "FULL_DECODE_ONLY"),
+    ("cudagraph_mode", "FULL_AND_PIECEWISE"),
+    ("cudagraph_capture_sizes", [1, 2, 4]),
+    ("cudagraph_check", "always"),
+    ("cudagraph_lazy", True),
+    ("cudagraph_debug", True),
+    ("on_memory_change", "rerecord"),
+    ("dynamic_shapes", "backed"),
+    ("dynamic_shapes", "backed_size_oblivious"),
+    ("on_constraint", "split"),
+    ("on_state_change", "error"),
+    ("freeze", True),
+    ("compile_cache_save_format", "unpacked"),
+]
+UNCOMPILED = {"dynamo_compiles": 0, "graphs_captured": 0, "aot_compiles": 0, "inductor_compiles": 0, "gxx_runs": 0}
+CAPTURED = {"dynamo_compiles": 1, "graphs_captured": 1, "aot_compiles": 0, "inductor_compiles": 0, "gxx_runs": 0}
+
+
+def spellings(name: str, value: Any) -> Iterator[list[str]]:
+    """Every way of writing one setting on a command line."""
+    text, whole = json.dumps(value), json.dumps({name: value})
+    dashed = name.replace("_", "-")
+    yield [f"-O.{name}={text}"]
+    yield [f"-O.{dashed}={text}"]
+    yield [f"-O.{name}", text]
+    yield ["-O", whole]
+    yield [f"-O={whole}"]
+    yield ["--compilation_config", whole]
+    yield [f"--compilation-config={whole}"]
+    if isinstance(value, str):
+        yield [f"-O.{name}={value}"]
+        yield [f"-O.{dashed}", value]
+    if name == "level":
+        yield [f"-O{value}"]
+        yield [f"-O={value}"]
+        yield [f"--compilation-config={value}"]
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield [f"-O.{name}.{key}={json.dumps(item)}"]
+            yield [f"-O.{dashed}.{key}", json.dumps(item)]
+    if value is True:
+        yield [f"-O.{name}"]
+
+
+def in_python(fields: Any, *, enforce_eager: bool = False) -> dict[str, Any]:
+    return resolve(
+        CompilationConfig.of(fields), rules=device_rules("cpu"), environment=environment(), enforce_eager=enforce_eager
+    ).to_dict()
+
+
+def on_the_command_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main(["config", *words, "--json"]) == 0, (words, capsys.readouterr().err)
+    facts = json.loads(capsys.readouterr().out)
+    return {name: facts[name] for name in FIELDS}
+
+
+def test_each_field_has_a_row() -> None:
+    assert {name for name, _ in ACCEPTED} == set(FIELDS)
+
+
+@pytest.mark.parametrize(("name", "value"), ACCEPTED)
+def test_all_spellings_and_python_give_the_same(name: str, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = in_python({name: value})
+    if name != "inductor_compile_config":  # with -O3 alone it isn't the user's
+        assert expected[name]["why"] == "user"
+    for words in spellings(name, value):
+        assert on_the_command_line(words, capsys) == expected, words
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_all_spellings_and_python_are_refused_with_the_same_words(
+    name: str, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="this version") as caught:
+        in_python({name: value})
+    for words in spellings(name, value):
+        assert main(["config", *words, "--json"]) == 2, words
+        shown = capsys.readouterr()
+        assert str(caught.value) in shown.err, words
+        assert shown.out == ""
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_what_is_refused_stops_an_llm_before_it_compiles(name: str, value: Any, model_folder: Path) -> None:
+    with counters.expect(graphs_captured=0), pytest.raises(ConfigError, match="this version"):
+        LLM(str(model_folder), compilation_config={name: value}, num_kv_blocks=16)
+
+
+@pytest.mark.parametrize("words", [["--enforce-eager"], ["--enforce_eager"], ["-O3", "--enforce-eager"]])
+def test_enforce_eager_is_no_field_but_a_flag(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    level = {"level": 3} if "-O3" in words else {}
+    assert on_the_command_line(words, capsys) == in_python(level, enforce_eager=True)
+
+
+def test_enumerations_are_taken_as_themselves() -> None:
+    given = CompilationConfig(mode=CompilationMode.NONE, cudagraph_mode=CUDAGraphMode.NONE)
+    assert given == CompilationConfig.of({"mode": "NONE", "cudagraph_mode": "NONE"})
+    assert given == CompilationConfig.of({"mode": 0, "cudagraph_mode": "none"})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The matrices are too small to share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+def tokens_of(model_folder: Path, **settings: Any) -> list[list[int]]:
+    """Batches of several sizes, so that a graph for one size would be counted more than once."""
+    llm = LLM(str(model_folder), num_kv_blocks=64, **settings)
+    greedy = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    calls = (["ab"], ["abcdefg", "x", "the middle"])
+    return [list(out.outputs[0].token_ids) for prompts in calls for out in llm.generate(prompts, greedy, False)]
+
+
+@pytest.fixture(scope="module")
+def eager_tokens(model_folder: Path) -> list[list[int]]:
+    with counters.expect(**UNCOMPILED):
+        return tokens_of(model_folder, enforce_eager=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "counted"),
+    [
+        (0, UNCOMPILED),
+        ({"mode": 0}, UNCOMPILED),
+        ({"mode": "NONE", "cudagraph_mode": "NONE"}, UNCOMPILED),
+        ({"backend": "eager"}, CAPTURED),
+        ({"backend": "eager", "level": 1}, CAPTURED),
+        ({"backend": "eager", "cudagraph_mode": "NONE"}, CAPTURED),
+        ({"eager_pieces": [0]}, CAPTURED),
+        ({"backend": "aot_eager"}, {**CAPTURED, "aot_compiles": 1}),
+        ({"mode": "STOCK_TORCH_COMPILE", "backend": "eager"}, UNCOMPILED),  # plain torch.compile, none of ours
+    ],
+    ids=str,
+)
+def test_what_runs_without_inductor(
+    config: Any, counted: dict[str, int], model_folder: Path, eager_tokens: list[list[int]]
+) -> None:
+    with counters.expect(**counted):
+        assert tokens_of(model_folder, compilation_config=config) == eager_tokens
+
+
+def test_stock_mode_is_torch_compile(model_folder: Path) -> None:
+    from torch._dynamo.utils import counters as torchs
+
+    torch._dynamo.reset()  # what an instance of the same class left would be taken up again
+    torchs.clear()
+    tokens_of(model_folder, compilation_config={"mode": "STOCK_TORCH_COMPILE", "backend": "eager"})
+    assert torchs["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_levels_that_compile_make_one_artifact_and_then_load_it(
+    level: int, model_folder: Path, eager_tokens: list[list[int]], fresh_cache: Path
+) -> None:
+    cold = {**CAPTURED, "inductor_compiles": 1, "gxx_runs": 1, "store_misses": 1, "store_writes": 1, "store_hits": 0}
+    with counters.expect(**cold):
+        assert tokens_of(model_folder, compilation_config=level) == eager_tokens
+    with counters.expect(**{**CAPTURED, "store_hits": 1, "store_misses": 0}):
+        assert tokens_of(model_folder, compilation_config={"level": level}) == eager_tokens
