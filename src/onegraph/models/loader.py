@@ -16,8 +16,8 @@ from onegraph.errors import ConfigError, ModelError, nearest
 from onegraph.log import get_logger
 from onegraph.models.architectures import check_architecture, max_positions
 from onegraph.models.attention import ATTENTION, register
+from onegraph.models.experts import experts_argument, register_experts
 from onegraph.models.flat_model import FlatModel
-from onegraph.models.probe import experts_argument
 from onegraph.models.rotary import fix_frequencies
 
 log = get_logger(__name__)
@@ -73,6 +73,7 @@ def load_model(
     config = _read(where, "config", lambda: AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code))
     layout = check_architecture(config, trust_remote_code)
     register()
+    register_experts()
     step("tokenizer")
     tokenizer = _read(
         where, "tokenizer", lambda: AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)

@@ -16,10 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from onegraph.errors import ModelError
 from onegraph.models.attention import PROBE, AttentionCall, register
+from onegraph.models.experts import experts_argument, register_experts
 from onegraph.models.rotary import fix_frequencies
-
-EXPERTS = "batched_mm"
-"""The implementation of mixture-of-experts layers that traces as one graph for every number of tokens."""
 
 MIXERS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.RNNBase)
 """Modules that carry values from one token to another, across the requests of a flat batch."""
@@ -30,6 +28,7 @@ _ASK_FOR_FACTS = ("__get__", "size", "dim", "stride", "numel", "is_contiguous", 
 def probe(config: Any, trust_remote_code: bool) -> list[AttentionCall]:
     """Calls the model with three tokens and asks for the logits of two of them."""
     register()
+    register_experts()
     config = copy.deepcopy(config)
     config.pad_token_id = None  # with one, transformers looks for it in the ids, which meta tensors don't have
     ids, positions, mask = (torch.zeros(1, 3, dtype=torch.int64, device="meta") for _ in range(3))
@@ -56,12 +55,6 @@ def probe(config: Any, trust_remote_code: bool) -> list[AttentionCall]:
     if tuple(output.logits.shape[:2]) != (1, len(rows)):
         raise ModelError(f"logits_to_keep={len(rows)} rows gives logits of shape {tuple(output.logits.shape)}")
     return seen
-
-
-def experts_argument(config: Any) -> dict[str, Any]:
-    """The keyword that chooses the implementation of experts, for configs that have experts."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return {"experts_implementation": EXPERTS} if any(getattr(config, name, None) for name in names) else {}
 
 
 def _refuse_mixers(model: torch.nn.Module) -> None:

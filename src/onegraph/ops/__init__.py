@@ -3,4 +3,5 @@
 from __future__ import annotations
 
 from onegraph.ops import attention as attention
+from onegraph.ops import grouped_linear as grouped_linear
 from onegraph.ops import kv_cache as kv_cache
