@@ -54,6 +54,16 @@ def test_a_missing_compiler(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert "--enforce-eager" in finding["text"]
 
 
+def test_a_path_without_a_compiler(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finding = findings(capsys, healthy=False)["compiler"]
+    assert not finding["ok"]
+    assert "apt-get install g++" in finding["text"]
+    assert "\n" not in finding["text"]
+
+
 def test_a_compiler_that_answers_but_cannot_build(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -50,11 +50,7 @@ class CpuTarget:
         try:
             toolchain.compiler_version(toolchain.cpp_compiler())
         except toolchain.ToolchainMissingError as error:
-            raise CompileError(
-                f"there is no working C++ compiler: {error}",
-                where="building the kernels of a piece",
-                hint="install g++ (Debian, Ubuntu: apt-get install g++), or use --enforce-eager, which needs none",
-            ) from error
+            raise _no_compiler(error) from error
 
     def build_kernels(self, kernels: Sequence[KernelSource]) -> dict[str, bytes]:
         """One library of all kernels; no files for a piece without kernels. Raises CompileError."""
@@ -71,7 +67,10 @@ class CpuTarget:
         self.check_toolchain()
         command, library = toolchain.compile_command([str(source)], "kernels", folder)
         counters.add("gxx_runs")
-        result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        except OSError as error:  # it was there when its version was asked for
+            raise _no_compiler(error) from error
         if result.returncode != 0:
             errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
             raise CompileError(
@@ -93,3 +92,11 @@ class CpuTarget:
         loader.exec_module(module)
         module.bind(toolchain.tensor_data_pointer_function())
         return vars(module)
+
+
+def _no_compiler(error: Exception) -> CompileError:
+    return CompileError(
+        f"there is no working C++ compiler: {error}",
+        where="building the kernels of a piece",
+        hint="install g++ (Debian, Ubuntu: apt-get install g++), or use --enforce-eager, which needs none",
+    )
