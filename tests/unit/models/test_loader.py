@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils
 
 from onegraph.counters import counters
 from onegraph.errors import ConfigError, ModelError
 from onegraph.models import load_model
+from onegraph.models.attention import probe_attention
 from tests.architectures import byte_tokenizer, make_model
 
 
@@ -99,7 +102,17 @@ def test_a_folder_that_isnt_there_is_one_clear_error(tmp_path: Path) -> None:
         load_model(tmp_path / "empty")
 
 
-def test_code_of_a_model_runs_only_when_asked(tmp_path: Path) -> None:
+@pytest.fixture
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The code of a model is copied into the test's folder, and leaves this process with the test."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+
+
+def test_code_of_a_model_runs_only_when_asked(tmp_path: Path, own_modules: None) -> None:
     marker = tmp_path / "ran"
     folder = config_only(tmp_path / "model", "llama", **SMALL)
     facts = json.loads((folder / "config.json").read_text())
@@ -109,6 +122,39 @@ def test_code_of_a_model_runs_only_when_asked(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         load_model(folder)
     assert not marker.exists()
+    with pytest.raises(ModelError, match="ran"):
+        load_model(folder, trust_remote_code=True)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("given", [torch.ones(2), 0.5, "yes", [1]], ids=lambda value: type(value).__name__)
+def test_what_a_layer_asks_of_attention_and_is_not_understood_is_refused(given: Any) -> None:
+    heads = torch.zeros(1, 2, 3, 8)
+    layer = torch.nn.Module()
+    layer.layer_idx = 4
+    with pytest.raises(ModelError, match="the model's attention uses head_bias=") as caught:
+        probe_attention(layer, heads, heads, heads, None, onegraph_seen=[], scaling=1.0, head_bias=given)
+    assert caught.value.where == "layer 4 (Module)"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "model.safetensors").write_bytes(b"no weights"),
+        lambda folder: (folder / "tokenizer.json").write_text("no tokenizer"),
+    ],
+    ids=["no config", "cut config", "no weights", "cut weights", "cut tokenizer"],
+)
+def test_a_folder_with_a_broken_file_is_one_clear_error(change: Any, tmp_path: Path) -> None:
+    folder = make_model("llama", tmp_path / "model")
+    change(folder)
+    with pytest.raises(ModelError, match="can't be loaded") as caught:
+        load_model(folder)
+    assert str(folder) in str(caught.value) and "the folder holds" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 3
 
 
 def test_weights_need_no_gradients_and_are_in_eval_mode(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from onegraph.ops.attention import paged_attention
+from onegraph.ops.attention import SCORES_AT_ONCE, paged_attention
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @dataclass
@@ -117,6 +117,68 @@ def test_attention_equals_the_naive_computation(seed: int, dtype: torch.dtype) -
     assert out[int(batch.starts[-1]) :].abs().sum() == 0, "padded rows are zero"
 
 
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+def test_options_in_every_combination(window: int | None, softcap: float | None, with_sinks: bool) -> None:
+    batch = make_batch(21, torch.float64)
+    sinks = torch.linspace(-2, 2, batch.q.shape[1], dtype=torch.float64) if with_sinks else None
+    out = attend(batch, 0.3, window, softcap, sinks)
+    assert (out - naive(batch, 0.3, window, softcap, sinks)).abs().max() < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_a_prompt_whose_scores_do_not_fit_at_once(window: int | None) -> None:
+    """So many queries, heads and keys that they are computed in tiles; the naive form here holds all scores."""
+    tokens, heads, size, block = 1600, 8, 4, 16
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(tokens, heads, size, generator=generator) for _ in range(3))
+    caches = [torch.zeros(tokens // block + 1, block, heads, size) for _ in range(2)]
+    table = torch.randperm(tokens // block, generator=generator)[None].int() + 1
+    places = torch.arange(tokens)
+    slots = table[0].long()[places // block] * block + places % block
+    torch.ops.onegraph.write_kv_cache(k, v, *caches, slots)
+    assert tokens * tokens * heads > SCORES_AT_ONCE
+    starts, lengths = torch.tensor([0, tokens], dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
+    out = torch.ops.onegraph.paged_attention(q, *caches, table, starts, lengths, 0.5, window, None, None)
+    hidden = places[None] > places[:, None]
+    if window is not None:
+        hidden |= places[None] <= places[:, None] - window
+    for head in range(heads):
+        scores = (q[:, head].double() @ k[:, head].double().T * 0.5).masked_fill(hidden, -torch.inf)
+        wanted = scores.softmax(-1) @ v[:, head].double()
+        assert (out[:, head] - wanted).abs().max() < TOLERANCE[torch.float32]
+
+
+def test_requests_without_new_tokens_and_strided_queries() -> None:
+    """Queries as a fused projection leaves them; a request that waits stands between two that run."""
+    batch = make_batch(7, torch.float32)
+    wanted = attend(batch, 0.5, None, None, None)
+    wide = torch.randn(batch.q.shape[0], batch.q.shape[1], 2 * batch.q.shape[2])
+    wide[..., : batch.q.shape[2]] = batch.q
+    q = wide[..., : batch.q.shape[2]]
+    assert not q.is_contiguous()
+    middle = len(batch.lengths) // 2
+    starts = torch.cat([batch.starts[: middle + 1], batch.starts[middle:]])
+    lengths = torch.cat([batch.lengths[:middle], torch.tensor([5], dtype=torch.int32), batch.lengths[middle:]])
+    tables = torch.cat([batch.tables[:middle], torch.zeros_like(batch.tables[:1]), batch.tables[middle:]])
+    out = torch.ops.onegraph.paged_attention(
+        q, batch.k_cache, batch.v_cache, tables, starts, lengths, 0.5, None, None, None
+    )
+    assert out.is_contiguous()
+    assert torch.equal(out, wanted)
+
+
+def test_a_batch_of_padding_alone_is_zero() -> None:
+    batch = make_batch(8, torch.float32)
+    starts, lengths = torch.zeros(3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    tables = torch.zeros(2, 1, dtype=torch.int32)
+    out = torch.ops.onegraph.paged_attention(
+        batch.q, batch.k_cache, batch.v_cache, tables, starts, lengths, 0.5, None, None, None
+    )
+    assert out.shape == batch.q.shape and not out.any()
+
+
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("seed", range(6))
 def test_nothing_beyond_a_context_reaches_a_request(seed: int, window: int | None) -> None:
@@ -182,5 +244,13 @@ def test_ops_pass_torchs_own_check() -> None:
     torch.library.opcheck(
         torch.ops.onegraph.paged_attention.default,
         (batch.q, batch.k_cache, batch.v_cache, batch.tables, batch.starts, batch.lengths, 0.5, 4, None, None),
+        test_utils=checks,
+    )
+    torch.library.opcheck(
+        torch.ops.onegraph.paged_attention.default,
+        (
+            *(batch.q, batch.k_cache, batch.v_cache, batch.tables, batch.starts, batch.lengths),
+            *(0.5, None, 2.0, torch.zeros(batch.q.shape[1])),
+        ),
         test_utils=checks,
     )
