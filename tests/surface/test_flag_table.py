@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,6 +215,27 @@ def test_what_runs_without_inductor(
 ) -> None:
     with counters.expect(**counted):
         assert tokens_of(model_folder, compilation_config=config) == eager_tokens
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_an_llm_leaves_the_process_as_it_was(backend: str, model_folder: Path) -> None:
+    def state() -> list[Any]:
+        return [
+            dict(os.environ),
+            os.getcwd(),
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.get_float32_matmul_precision(),
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            logging.getLogger().handlers,
+            signal.getsignal(signal.SIGINT),
+        ]
+
+    before = state()
+    tokens_of(model_folder, compilation_config={"backend": backend})
+    assert state() == before
 
 
 def test_stock_mode_is_torch_compile(model_folder: Path) -> None:
