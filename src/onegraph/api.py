@@ -9,7 +9,7 @@ import functools
 import threading
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -37,6 +37,7 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
     config: ConfigLike = None,
     name: str | None = None,
     enforce_eager: bool = False,
+    own_module: bool = False,
     observer: Observer | None = None,
 ) -> CompiledModel:
     """Compiles a module, method or function for inference, for every size in the declared ranges.
@@ -44,6 +45,9 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
     Nothing is compiled before the first call or `warm_up`. `dynamic_shapes` is as in torch.export: argument
     names to `{dim: Dim}`. `config` is a CompilationConfig, a dict of its fields, or a level 0..3. `name` is
     what `explain` calls the model. The module is not changed, and keeps working as it is.
+
+    Captured Python state is compared before every call; with `own_module`, the caller promises to say
+    `check_state()` after changing the module, and calls skip it; with `config.freeze` nothing is compared.
 
     Raises ConfigError for a configuration that is wrong or can't be honoured.
     """
@@ -56,6 +60,7 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
         enforce_eager=enforce_eager,
     )
     _check_inductor_options(resolved)
+    state_checked: Literal["call", "event"] = "event" if own_module else "call"
     title = str(name or getattr(module, "__qualname__", type(module).__name__))
 
     def build_entry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
@@ -73,9 +78,16 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
             target=target_for(device_type_of(module, args, kwargs)),
             store=open_store(),
             observer=observer,
+            state_checked=state_checked,
         )
 
-    return CompiledModel(module, build_entry, lambda: empty_explanation(title, resolved))
+    return CompiledModel(
+        module,
+        build_entry,
+        lambda: empty_explanation(title, resolved),
+        on_state_change=resolved.on_state_change,
+        state_checked=state_checked,
+    )
 
 
 def _check_inductor_options(resolved: ResolvedConfig) -> None:

@@ -1,33 +1,55 @@
 """CompiledModel: the result of onegraph.compile. It is called like the module, and explains itself.
 
 The first call (or `warm_up`) captures and compiles through the pipeline; every later call runs the entry that
-the pipeline made: input checks, the traced function's residual code, the pieces. No Dynamo runs after that.
+the pipeline made: state checks, input checks, the traced function's residual code, the pieces. No Dynamo runs
+after that, unless Python state that was captured has changed: then the module is captured once more.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from onegraph.errors import ConfigError
+from onegraph.counters import counters
+from onegraph.errors import ConfigError, StateChangedError
 from onegraph.explanation import Explanation
+from onegraph.ir.ledger import StateEntry
+from onegraph.log import get_logger
+
+log = get_logger(__name__)
+
+MAX_TRACES = 8
+"""Traces that one compiled model keeps for different states; a module that changes on every call runs eager."""
+
+Changes = tuple[tuple[StateEntry, str], ...]
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a build gives: `entry` takes the module's own arguments; `explanation` tells how it came about."""
+    """What a build gives: `entry` takes the module's own arguments; `explanation` tells how it came about.
+
+    `holds` is the check of the captured Python state, or None where there is nothing to check; `changes` names
+    the entries that don't hold, each with what stands there now.
+    """
 
     entry: Callable[..., Any]
     explanation: Explanation
+    holds: Callable[[], bool] | None = None
+    changes: Callable[[], Changes] = tuple
 
 
 class CompiledModel:
     """A compiled module or function.
 
-    `original` is the module or function itself, unchanged. `build(args, kwargs)` makes the entry; it is called
-    once, by the first call or by `warm_up`, in the caller's thread. Any number of threads may call.
+    `original` is the module or function itself, unchanged. `build(args, kwargs)` makes an entry, in the caller's
+    thread: at the first call or `warm_up`, and again when captured state has changed and `on_state_change` is
+    `recapture`. Any number of threads may call.
+
+    `state_checked` says when captured state is compared: before every `call`, or on an `event`, which the owner of
+    the module tells by `check_state()`.
     """
 
     def __init__(
@@ -35,22 +57,30 @@ class CompiledModel:
         original: Any,
         build: Callable[[tuple[Any, ...], dict[str, Any]], Built],
         unbuilt: Callable[[], Explanation],
+        *,
+        on_state_change: str = "recapture",
+        state_checked: Literal["call", "event"] = "call",
     ) -> None:
         self.original = original
         self._build = build
         self._unbuilt = unbuilt
-        self._built: Built | None = None
+        self._on_state_change = on_state_change
+        self._state_checked = state_checked
+        self._current: Built | None = None
+        self._traces: list[Built] = []
+        self._told_too_many = False
         self._building = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the compiled module; gives what the module itself would give, with its type and structure.
 
         Raises ShapeOutOfRangeError for a size outside its declared range, InputContractError for another
-        dtype, device, rank, layout or constant than the captured one; on the first call also what compiling
-        raises (ConfigError, CaptureError, ConstraintError, CompileError).
+        dtype, device, rank, layout or constant than the captured one, StateChangedError for changed Python state
+        where that is asked for; when it captures also what compiling raises (ConfigError, CaptureError,
+        ConstraintError, CompileError).
         """
-        built = self._built
-        if built is None:
+        built = self._current
+        if built is None or (self._state_checked == "call" and built.holds is not None and not built.holds()):
             built = self._ensure_built(args, kwargs)
         return built.entry(*args, **kwargs)
 
@@ -65,21 +95,73 @@ class CompiledModel:
             kwargs = {**example, **kwargs}
         self._ensure_built(args, kwargs)
 
+    def check_state(self) -> None:
+        """Compares captured Python state now, for an owner that changed its module: the next call captures anew.
+
+        Raises StateChangedError if state has changed and `on_state_change` is `error`.
+        """
+        with self._building:
+            if self._current is not None and not _holds(self._current):
+                if self._on_state_change == "error":
+                    raise _state_changed(self._current.changes())
+                self._current = None
+
     def explain(self) -> Explanation:
         """How this model was compiled; before the first call, what is configured."""
-        return self._unbuilt() if self._built is None else self._built.explanation
+        built = self._current or (self._traces[-1] if self._traces else None)
+        return self._unbuilt() if built is None else built.explanation
 
     def _ensure_built(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
+        """The trace whose state holds now, made if there is none; the module itself after too many."""
         with self._building:
-            if self._built is None:
-                self._built = self._build(args, kwargs)
-            return self._built
+            fitting = next((trace for trace in self._traces if _holds(trace)), None)
+            if fitting is None:
+                fitting = self._recaptured(args, kwargs)
+            self._current = fitting
+            return fitting
+
+    def _recaptured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
+        if self._traces:
+            changes = self._traces[-1].changes()
+            if self._on_state_change == "error":
+                raise _state_changed(changes)
+            if len(self._traces) >= MAX_TRACES:
+                if not self._told_too_many:
+                    self._told_too_many = True
+                    log.warning("%s", _too_many(changes))
+                counters.add("eager_calls")
+                return Built(self.original, self.explain(), holds=lambda: False)
+            counters.add("recaptures")
+            log.warning("captured once more: %s", _told(changes))
+        built = self._build(args, kwargs)
+        self._traces.append(built)
+        return built
 
     def __getattr__(self, name: str) -> Any:
-        """Attributes of the module, so that a compiled module can stand where the module stood."""
+        """Attributes of the module, so that a compiled module can stand where the module stood.
+
+        A method that returns the module itself (`eval`, `to`) returns this compiled model.
+        """
         if name.startswith("_") or "original" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self.__dict__["original"], name)
+        original = self.__dict__["original"]
+        value = getattr(original, name)
+        if getattr(value, "__self__", None) is not original:
+            return value
+
+        @functools.wraps(value)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            result = value(*args, **kwargs)
+            return self if result is original else result
+
+        return method
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets the module's attribute, as `__getattr__` reads it."""
+        if name.startswith("_") or name == "original":
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.original, name, value)
 
     def __reduce__(self) -> Any:
         raise ConfigError(
@@ -88,5 +170,36 @@ class CompiledModel:
         )
 
     def __repr__(self) -> str:
-        state = "not yet compiled" if self._built is None else "compiled"
+        state = "not yet compiled" if self._current is None else "compiled"
         return f"<onegraph.CompiledModel of {type(self.original).__name__}, {state}>"
+
+
+def _holds(built: Built) -> bool:
+    return built.holds is None or built.holds()
+
+
+def _told(changes: Changes) -> str:
+    """At most three changes in words, with the line that read each value."""
+    told = [
+        f"{entry.what} was {entry.value}, and now is {now}" + (f" (read at {entry.user})" if entry.user else "")
+        for entry, now in changes[:3]
+    ]
+    more = f", and {len(changes) - 3} more" if len(changes) > 3 else ""
+    return "; ".join(told) + more
+
+
+def _state_changed(changes: Changes) -> StateChangedError:
+    return StateChangedError(
+        f"the compiled code was made for other Python state: {_told(changes)}",
+        where=changes[0][0].user if changes else None,
+        hint="change it back, pass what changes as an argument, or leave out on_state_change=error, "
+        "and the module is captured once more",
+        changes=changes,
+    )
+
+
+def _too_many(changes: Changes) -> str:
+    return (
+        f"Python state has changed {MAX_TRACES} times, and from here on the module runs uncompiled whenever it is "
+        f"one that was not captured: {_told(changes)}. Pass what changes as a tensor argument."
+    )

@@ -55,6 +55,11 @@ def environment() -> Environment:
     )
 
 
+def process_variables() -> os._Environ[str]:
+    """The process's environment itself, for code that compares what a model read from it."""
+    return os.environ
+
+
 def _flag(given: dict[str, str], name: str) -> bool:
     value = given.get(name, "")
     if value not in ("", "0", "1"):

@@ -72,6 +72,26 @@ class ConstraintError(OnegraphError):
         self.constraints = constraints
 
 
+class StateChangedError(OnegraphError):
+    """Python state that the captured graph was made for has changed, and `on_state_change` is `error`.
+
+    `changes` are pairs of a ledger entry and what stands there now, in words.
+    """
+
+    code = "OG-STATE"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        changes: tuple[Any, ...] = (),
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.changes = changes
+
+
 class CompileError(OnegraphError):
     """A piece that the compiler or the C++ toolchain failed on."""
 

@@ -66,6 +66,13 @@ class Explanation:
             return "eager"
         return "warm" if all(piece.store == "hit" for piece in compiled) else "cold"
 
+    @property
+    def _state_checked(self) -> str:
+        when = {entry.checked for entry in self.ledger.state}
+        if when == {"never"}:
+            return "not checked: freeze=True"
+        return "checked when the model's owner says so" if when == {"event"} else "checked on every call"
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "model": self.model,
@@ -90,7 +97,7 @@ class Explanation:
             proven = sum(entry.effect == "proven" for entry in self.ledger.shapes)
             lines.append(
                 f"ledger   {len(self.ledger.inputs)} input facts checked on every call, {proven} conditions on sizes "
-                f"proven, {len(self.ledger.state)} facts of Python state recorded, not checked by this version"
+                f"proven, {len(self.ledger.state)} facts of Python state {self._state_checked}"
             )
         for entry in self.ledger.shapes:
             lines.append(f"  {entry.effect}: {entry.expr}  ({entry.stage}, {entry.user or entry.framework or 'torch'})")

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 from onegraph.binding import bind_weights
 from onegraph.capture.capture import capture
 from onegraph.capture.constraints import judge, refuse_narrowing
+from onegraph.capture.state_check import changed_entries, state_check
 from onegraph.compiled import Built
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.explanation import Explanation, PieceExplanation
 from onegraph.ir.artifact import CompiledPiece
 from onegraph.ir.graph import CapturedGraph
-from onegraph.ir.ledger import Ledger, ShapeEntry
+from onegraph.ir.ledger import CheckedWhen, Ledger, ShapeEntry
 from onegraph.ir.region import Region, general_region
 from onegraph.ir.target import Target
 from onegraph.piece_compiler import PieceCompiler
@@ -66,9 +67,11 @@ def build(
     target: Target,
     store: Store | None,
     observer: Observer | None = None,
+    state_checked: CheckedWhen = "call",
 ) -> Built:
     """Compiles the module for all calls like the given one, at any size in the declared ranges.
 
+    `state_checked` is when the result's `holds` will be called, for `explain`.
     `store` None means that nothing is read or written. Raises what the stages raise; a failed build leaves
     nothing behind but finished artifacts.
     """
@@ -105,9 +108,16 @@ def build(
             run = bind_weights(compiled[0].call, captured, compiled[0].mutates_inputs)
             entry = captured.bind_entry(captured.make_callable(run))
 
-        explanation = _explain(name, config, stages, captured, compiled, region)
+        checked: CheckedWhen = "never" if config.freeze else state_checked
+        explanation = _explain(name, config, stages, captured, compiled, region, checked)
         trace_json("explain", explanation.to_dict)
-    return Built(entry, explanation)
+    state = () if config.freeze else captured.state
+    return Built(
+        entry,
+        explanation,
+        holds=state_check(state) if state else None,
+        changes=lambda: changed_entries(state),
+    )
 
 
 def _explain(
@@ -117,6 +127,7 @@ def _explain(
     captured: CapturedGraph,
     compiled: list[CompiledPiece],
     region: Region,
+    state_checked: CheckedWhen,
 ) -> Explanation:
     shapes_found = captured.ledger.shapes + tuple(entry for piece in compiled for entry in piece.constraints)
     ranges = tuple((lower, upper) for _, lower, upper in region.ranges) or ((None, None),)
@@ -125,7 +136,11 @@ def _explain(
         config=config.to_dict(),
         stages=tuple(stages.done),
         dims=captured.dims,
-        ledger=replace(captured.ledger, shapes=shapes_found),
+        ledger=replace(
+            captured.ledger,
+            shapes=shapes_found,
+            state=tuple(replace(entry, checked=state_checked) for entry in captured.ledger.state),
+        ),
         pieces=tuple(
             PieceExplanation(
                 index=index,

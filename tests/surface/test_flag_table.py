@@ -52,7 +52,9 @@ ACCEPTED: list[tuple[str, Any]] = [
     ("dynamic_shapes", "unbacked"),
     ("on_constraint", "error"),
     ("on_state_change", "recapture"),
+    ("on_state_change", "error"),
     ("freeze", False),
+    ("freeze", True),
     ("compile_cache_save_format", "binary"),
     ("inductor_compile_config", {}),
     ("max_num_tokens", 64),
@@ -77,8 +79,6 @@ REFUSED: list[tuple[str, Any]] = [
     ("dynamic_shapes", "backed"),
     ("dynamic_shapes", "backed_size_oblivious"),
     ("on_constraint", "split"),
-    ("on_state_change", "error"),
-    ("freeze", True),
     ("compile_cache_save_format", "unpacked"),
 ]
 UNCOMPILED = {"dynamo_compiles": 0, "graphs_captured": 0, "aot_compiles": 0, "inductor_compiles": 0, "gxx_runs": 0}

@@ -17,11 +17,12 @@ import torch
 from onegraph.capture.constraints import data_dependent_constraint, judge, refuse_narrowing, source_line
 from onegraph.capture.contract import input_contract
 from onegraph.capture.inputs import CallInputs, read_call
+from onegraph.capture.state import reads_grad_mode, state_reads
 from onegraph.capture.weights import lift_weights
 from onegraph.counters import counters
 from onegraph.errors import CaptureError, ConstraintError
 from onegraph.ir.graph import CapturedGraph
-from onegraph.ir.ledger import Ledger, StateEntry
+from onegraph.ir.ledger import Ledger
 from onegraph.torch_compat import dynamo, shapes
 
 
@@ -52,6 +53,8 @@ def capture(
     counters.add("dynamo_compiles")
     try:
         with torch.no_grad():
+            raw = dynamo.capture(module, inputs.args, inputs.kwargs)
+        if torch.is_grad_enabled() and reads_grad_mode(raw.guards):  # its answer must be the caller's
             raw = dynamo.capture(module, inputs.args, inputs.kwargs)
     except dynamo.CAPTURE_EXCEPTIONS as error:
         raise _capture_error(error, inputs) from error
@@ -104,7 +107,16 @@ def _captured_graph(
     found = judge([*raw.asserted, *shapes.conditions(raw.fake_mode.shape_env)], inputs.dims, symbols, "capture")
     refuse_narrowing(found, inputs.dims)
     _refuse_hidden_tensors(inputs, fakes)
-    contract = input_contract(inputs, fakes, symbols, required_alignment, owner)
+    contract = input_contract(inputs, fakes, symbols, required_alignment)
+    state = state_reads(
+        raw.guards,
+        function=function,
+        owner=owner,
+        inputs=inputs,
+        weights=weights,
+        globals_read=raw.globals_read,
+        traced_code=raw.traced_code,
+    )
     residual_self = () if owner is None else (owner,)
 
     def make_callable(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,9 +133,10 @@ def _captured_graph(
         ledger=Ledger(
             inputs=contract.entries,
             shapes=found,
-            state=tuple(StateEntry(guard.name, guard.kind, user=guard.user) for guard in raw.guards if guard.name),
+            state=tuple(read.entry for read in state),
             sources=raw.traced_files,
         ),
+        state=state,
         make_callable=make_callable,
         bind_entry=contract.bind,
         num_ops=sum(node.op.startswith("call_") for node in graph_module.graph.nodes),

@@ -112,8 +112,6 @@ HONOURED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "on_memory_change": ((), "this version makes no recordings"),
     "dynamic_shapes": (("unbacked",), "this version traces sizes as unbacked only"),
     "on_constraint": (("error",), "this version doesn't split a range by constraints"),
-    "on_state_change": (("recapture",), "this version doesn't check captured state between calls"),
-    "freeze": ((False,), "this version doesn't check captured state between calls"),
     "compile_cache_save_format": (("binary",), "this version keeps artifacts as binary only"),
 }
 

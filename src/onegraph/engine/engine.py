@@ -82,10 +82,13 @@ class Engine:
         """Queues a request; `prompt` is only handed back. With `stream` every step gives its output so far.
 
         The output ends at max_model_len with finish_reason "length" where max_tokens would go beyond.
-        Errors: ConfigError for a prompt or parameters that this model can't serve; nothing is queued then.
+        Errors: ConfigError for a prompt or parameters that this model can't serve, StateChangedError for a module
+        that was changed where that is an error; nothing is queued then.
         """
         if request_id in self._requests:
             raise ConfigError(f"request_id={request_id!r} is already in use", hint="give another")
+        if not self._requests:
+            self._runner.check_state()  # the event at which an idle engine's module may have changed
         where = f"request {request_id!r}"
         check_prompt(prompt_token_ids, limits=self.limits, vocab_size=self._vocab_size, where=where)
         check_params(params, text=self.text, vocab_size=self._vocab_size, where=where)

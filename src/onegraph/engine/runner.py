@@ -12,10 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onegraph.counters import counters
 from onegraph.engine.block_tables import BlockTables
 from onegraph.engine.kv_cache import KVCaches
 from onegraph.engine.request import Sequence
 from onegraph.engine.scheduler import Batch
+from onegraph.errors import ShapeOutOfRangeError
+from onegraph.log import get_logger
+
+log = get_logger(__name__)
 
 
 class Model(Protocol):
@@ -26,6 +31,13 @@ class Model(Protocol):
 
     def warm_up(self, example_kwargs: dict[str, Any], /) -> Any:
         """Compiles or loads."""
+
+    def check_state(self) -> None:
+        """Compares captured Python state with the module's now."""
+
+    @property
+    def original(self) -> Any:
+        """The model itself, uncompiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +110,8 @@ class Runner:
             token_ids += s.sequence.token_ids[first : first + s.num_new_tokens]
         result_rows, sequences, rows, prompts = _rows_with_logits(batch, starts.tolist(), ends.tolist())
         with torch.inference_mode():
-            logits = self._model(
-                **self._inputs(
+            logits = self._forward(
+                self._inputs(
                     input_ids=np.array(token_ids),
                     positions=positions,
                     slot_mapping=blocks.astype(np.int64) * self._block_size + positions % self._block_size,
@@ -110,6 +122,19 @@ class Runner:
                 )
             )
         return StepLogits(logits, sequences, rows, prompts)
+
+    def check_state(self) -> None:
+        """Has the model compare its captured state; the next batch captures anew if that has changed."""
+        self._model.check_state()
+
+    def _forward(self, inputs: dict[str, Any]) -> Any:
+        """The compiled model, or the model itself for a batch outside the sizes that it was compiled for."""
+        try:
+            return self._model(**inputs)
+        except ShapeOutOfRangeError as error:
+            counters.add(f"eager_batches:{error.code}")
+            log.warning("a batch ran uncompiled: %s", error.message)
+            return self._model.original(**inputs)
 
     def _inputs(self, **arrays: "np.ndarray[Any, Any]") -> dict[str, Any]:
         """The forward's keyword arguments: views of the buffers, filled with these arrays."""

@@ -64,6 +64,7 @@ def start_engine(config: EngineConfig) -> Started:
             config=config.compilation_config,
             enforce_eager=config.enforce_eager,
             name=model.name,
+            own_module=True,
             observer=lambda stage, seconds: progress(stage) if seconds is None else None,
         )
         engine = assemble_engine(

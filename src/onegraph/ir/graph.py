@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from onegraph.ir.dims import DynamicDim
-from onegraph.ir.ledger import Ledger
+from onegraph.ir.ledger import Ledger, StateRead
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class CapturedGraph:
     symbols: dict[str, str]
     """Symbol of torch (`u0`) -> name of the declared dim."""
     ledger: Ledger
+    state: tuple[StateRead, ...]
+    """How the ledger's entries of Python state are checked."""
     make_callable: Callable[[Callable[..., Any]], Callable[..., Any]]
     bind_entry: Callable[[Callable[..., Any]], Callable[..., Any]]
     num_ops: int

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 CheckedWhen = Literal["call", "event", "load", "never"]
 Effect = Literal["proven", "narrows", "split"]
@@ -45,19 +46,31 @@ class ShapeEntry:
 
 @dataclass(frozen=True)
 class StateEntry:
-    """A value of Python or torch state that was read while tracing, under Dynamo's name for its guard.
+    """A value of Python or torch state that was read while tracing, in the user's terms (`self.layers.0.scale`).
 
-    `checked` says when it is compared again. `never` marks what this version records without evaluating, so
-    that a trace with such entries is never reused by a later process without being captured anew.
+    `checked` says when it is compared again: on every `call`, on an `event` that the module's owner tells, or
+    `never`, where the user promised that nothing changes (`freeze`).
     """
 
     what: str
     value: str
-    checked: CheckedWhen = "never"
+    checked: CheckedWhen = "call"
     user: str | None = None
 
     def to_dict(self) -> dict[str, object]:
         return {"what": self.what, "value": self.value, "checked": self.checked, "user": self.user}
+
+
+@dataclass(frozen=True)
+class StateRead:
+    """How an entry is checked: `expression` over `names` reads the value now; `condition` on `{x}` says it changed."""
+
+    entry: StateEntry
+    expression: str
+    condition: str
+    names: Mapping[str, Any]
+    describe: Callable[[Any], str]
+    """A value in the words of the entry's `value`; never the contents of the environment."""
 
 
 @dataclass(frozen=True)

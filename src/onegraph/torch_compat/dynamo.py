@@ -11,7 +11,7 @@ import dis
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._guards import CompileContext, compile_context
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
+from onegraph.torch_compat.guards import GuardFact, guard_facts
 from onegraph.torch_compat.shapes import RawCondition, asserted_while_tracing
 
 COMPILE_LOCK = threading.RLock()
@@ -31,23 +32,17 @@ COMPILE_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
-class GuardFact:
-    """A guard that Dynamo would have installed: what it reads, which kind of check, and where it came from."""
-
-    name: str
-    kind: str
-    user: str | None
-
-
-@dataclass(frozen=True)
 class RawCapture:
-    """What Dynamo found. `sources` gives, for each placeholder, where residual code takes its value from."""
+    """What Dynamo found. `sources` gives, for each placeholder, where residual code takes its value from;
+    `globals_read` is the `G` of the guards' expressions."""
 
     graph_module: torch.fx.GraphModule
     sources: tuple[str, ...]
     fake_mode: Any
     guards: tuple[GuardFact, ...]
+    globals_read: Mapping[str, Any]
     asserted: tuple[RawCondition, ...]
+    traced_code: tuple[types.CodeType, ...]
     traced_files: tuple[str, ...]
     make_callable: Callable[[Callable[..., Any]], Callable[..., Any]]
     stored_globals: tuple[str, ...]
@@ -122,7 +117,7 @@ def capture(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Raw
 
     index_to_source = graph_output.output_graph.export_metadata.graph_input_idx_to_local_source
     placeholders = [n for n in backend_input.graph_module.graph.nodes if n.op == "placeholder"]
-    guards = tuple(_guard_facts(graph_output.output_graph.guards))
+    guards = tuple(guard_facts(graph_output.output_graph.guards))
     return RawCapture(
         graph_module=backend_input.graph_module,
         sources=tuple(
@@ -130,21 +125,14 @@ def capture(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Raw
         ),
         fake_mode=backend_input.fake_mode,
         guards=guards,
+        globals_read=graph_output.output_graph.global_scope,
         asserted=tuple(asserted),
+        traced_code=tuple(graph_output.traced_code),
         traced_files=tuple(sorted({code.co_filename for code in graph_output.traced_code})),
         make_callable=make_callable,
         stored_globals=_stored_globals(graph_output.bytecode),
         changed_state=tuple(_changed_state(graph_output.bytecode, guards)),
     )
-
-
-def _guard_facts(guards: Any) -> Iterator[GuardFact]:
-    for guard in guards:
-        user = None
-        if guard.user_stack:
-            frame = guard.user_stack[-1]
-            user = f"{frame.filename}:{frame.lineno}"
-        yield GuardFact(guard.name, guard.create_fn_name(), user)
 
 
 def _stored_globals(code: types.CodeType) -> tuple[str, ...]:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+GLOBAL_READS: Mapping[str, Callable[[], Any]] = {
+    "torch.get_default_dtype()": torch.get_default_dtype,
+    "torch.are_deterministic_algorithms_enabled()": torch._C._get_deterministic_algorithms,
+    "torch.utils.deterministic.fill_uninitialized_memory": torch._C._get_deterministic_fill_uninitialized_memory,
+    "torch.get_float32_matmul_precision()": torch._C._get_float32_matmul_precision,
+    "the default device": lambda: torch.utils._device.CURRENT_DEVICE,
+    "torch function modes": torch._C._len_torch_function_stack,
+    "torch.backends.mkldnn.enabled": torch._C._get_mkldnn_enabled,
+}
+"""Switches that change what the same Python code computes, by the names that users know; each takes nothing."""
 
 
 def compile_state() -> dict[str, Any]:

@@ -147,8 +147,6 @@ REFUSED: list[dict[str, Any]] = [
     {"dynamic_shapes": "backed"},
     {"dynamic_shapes": "backed_size_oblivious"},
     {"on_constraint": "split"},
-    {"on_state_change": "error"},
-    {"freeze": True},
     {"compile_cache_save_format": "unpacked"},
 ]
 

@@ -46,12 +46,20 @@ class FakeModel:
 
     def __init__(self) -> None:
         self.num_tokens: list[int] = []
+        self.num_state_checks = 0
         self.warm: dict[str, Any] | None = None
         self.before_call: Callable[[dict[str, Any]], None] = lambda inputs: None
         self.edit: Callable[[Tensor], Tensor] = lambda logits: logits
 
     def warm_up(self, example_kwargs: dict[str, Any], /) -> None:
         self.warm = example_kwargs
+
+    def check_state(self) -> None:
+        self.num_state_checks += 1
+
+    @property
+    def original(self) -> Any:
+        return self
 
     def __call__(self, **inputs: Any) -> Tensor:
         assert torch.is_inference_mode_enabled()

@@ -1,0 +1,111 @@
+"""The check of captured Python state: one generated function that compares every read with what was traced.
+
+Takes StateReads. The expressions of the reads share their prefixes (`self.layers`), so the generated function
+reads each prefix once; it stops at the first read that differs.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from onegraph.ir.ledger import StateEntry, StateRead
+
+LITERALS = (type(None), bool, int, float, complex, str, bytes)
+
+
+def differs(value: Any, expected: Any) -> bool:
+    """Whether a constant would be traced differently: another type, value, sign of zero; a NaN is like itself."""
+    if type(value) is not type(expected):
+        return True
+    if isinstance(value, float):
+        if math.isnan(value) or math.isnan(expected):
+            return not (math.isnan(value) and math.isnan(expected))
+        return value != expected or math.copysign(1.0, value) != math.copysign(1.0, expected)
+    if isinstance(value, complex):
+        return differs(value.real, expected.real) or differs(value.imag, expected.imag)
+    if isinstance(value, tuple | list):
+        return len(value) != len(expected) or any(map(differs, value, expected))
+    return bool(value != expected)
+
+
+def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
+    """The value of a read's expression now. Raises whatever reading it raises."""
+    return eval(expression, {**names})  # noqa: S307 - Dynamo's expression over our own names
+
+
+@dataclass
+class _Code:
+    """The check function under construction."""
+
+    uses: Counter[str]
+    lines: list[str] = field(default_factory=list)
+    variables: dict[str, str] = field(default_factory=dict)
+
+    def value(self, node: ast.AST, keep: bool = False) -> str:
+        """Source of the node's value; what is used again is read into a variable once."""
+        text = ast.unparse(node)
+        if text in self.variables:
+            return self.variables[text]
+        if isinstance(node, ast.Attribute):
+            source = f"{self.value(node.value)}.{node.attr}"
+        elif isinstance(node, ast.Subscript):
+            source = f"{self.value(node.value)}[{ast.unparse(node.slice)}]"
+        else:
+            return text
+        if keep or self.uses[text] > 1:
+            variable = self.variables[text] = f"v{len(self.variables)}"
+            self.lines.append(f"        {variable} = {source}")
+            return variable
+        return source
+
+
+def state_check(reads: tuple[StateRead, ...]) -> Callable[[], bool]:
+    """A function without arguments: whether every read finds what the trace found. It never raises."""
+    trees = [ast.parse(read.expression, mode="eval").body for read in reads]
+    uses: Counter[str] = Counter()
+    for text in dict.fromkeys(ast.unparse(tree) for tree in trees):
+        uses[text] += 1
+    prefixes = {
+        ast.unparse(n): n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Attribute | ast.Subscript)
+    }
+    for node in prefixes.values():
+        uses[ast.unparse(node.value)] += 1
+    for text, times in Counter(ast.unparse(tree) for tree in trees).items():
+        uses[text] += times - 1
+    code = _Code(uses)
+    names: dict[str, Any] = {}
+    for read, tree in zip(reads, trees, strict=True):
+        names.update(read.names)
+        value = code.value(tree, keep=read.condition.count("{x}") > 1)
+        code.lines.append(f"        if {read.condition.replace('{x}', value)}: return False")
+    source = "\n".join(
+        [
+            "def holds():",
+            "    try:",
+            *code.lines,
+            "        return True",
+            "    except Exception:",
+            "        return False",
+        ]
+    )
+    exec(compile(source, "<onegraph state check>", "exec"), names)  # noqa: S102 - our own text
+    holds: Callable[[], bool] = names["holds"]
+    return holds
+
+
+def changed_entries(reads: tuple[StateRead, ...]) -> tuple[tuple[StateEntry, str], ...]:
+    """The reads that no longer find what the trace found, each with what is there now, in words."""
+    changed = []
+    for read in reads:
+        if not state_check((read,))():
+            try:
+                shown = read.describe(evaluate(read.expression, read.names))
+            except Exception as error:  # noqa: BLE001 - the user's attribute is gone, or raises
+                shown = f"gone ({type(error).__name__}: {error})"
+            changed.append((read.entry, shown))
+    return tuple(changed)

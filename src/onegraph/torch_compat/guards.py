@@ -1,0 +1,52 @@
+"""Dynamo's guards as data: what each one reads, which kind of check it is, and where the user's code read it.
+
+Takes the guards of one trace. Gives a GuardFact for each, and the names that their expressions use; nothing is
+installed anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch._dynamo.guards as dynamo_guards
+
+from onegraph.torch_compat.shapes import is_torch_file
+
+
+@dataclass(frozen=True)
+class GuardFact:
+    """A guard that Dynamo would have installed.
+
+    `name` is a Python expression over `L` (the traced function's locals), `G` (its globals) and the functions of
+    `expression_scope`; empty for torch's global state. `kind` is the name of Dynamo's check, `keywords` what it
+    was given (`attr`, `key`), `user` the `file:line` that read the value, outside of torch if there is one.
+    """
+
+    name: str
+    kind: str
+    user: str | None
+    keywords: Mapping[str, Any]
+
+
+def guard_facts(guards: Any) -> Iterator[GuardFact]:
+    """The guards of an `OutputGraph.guards`, in a stable order, each fact once."""
+    facts: dict[tuple[str, str, str], GuardFact] = {}
+    for guard in sorted(guards, key=lambda guard: guard.sort_key()):
+        keywords = dict(getattr(guard.create_fn, "keywords", None) or {})
+        keywords.pop("recompile_hint", None)
+        keywords.pop("value", None)  # a weak reference to the example tensor
+        frames = list(guard.user_stack or ())
+        frame = next((f for f in reversed(frames) if not is_torch_file(f.filename)), frames[-1] if frames else None)
+        user = f"{frame.filename}:{frame.lineno}" if frame is not None else None
+        identity = (guard.name, guard.create_fn_name(), repr(sorted(keywords.items())))
+        if identity not in facts or facts[identity].user is None:
+            facts[identity] = GuardFact(guard.name, guard.create_fn_name(), user, keywords)
+    return iter(facts.values())
+
+
+def expression_scope() -> dict[str, Any]:
+    """The functions that guard expressions may call, such as `___dict_keys`, by name."""
+    closure_vars = getattr(dynamo_guards, "_get_closure_vars", None)
+    return dict(closure_vars()) if closure_vars is not None else dict(dynamo_guards.CLOSURE_VARS)
