@@ -125,7 +125,8 @@ class Runner:
 
     def check_state(self) -> None:
         """Has the model compare its captured state; the next batch captures anew if that has changed."""
-        self._model.check_state()
+        with torch.inference_mode():  # as in a batch: the grad mode is a part of the state
+            self._model.check_state()
 
     def _forward(self, inputs: dict[str, Any]) -> Any:
         """The compiled model, or the model itself for a batch outside the sizes that it was compiled for."""
