@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from onegraph.capture.inputs import CallInputs, Container, Leaf
+from onegraph.capture.state_check import differs
 from onegraph.errors import CaptureError, ConfigError, InputContractError, ShapeOutOfRangeError
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import InputEntry
@@ -59,10 +60,8 @@ def input_contract(
     fakes: Mapping[str, Any],
     symbols: Mapping[str, str],
     required_alignment: Callable[[int], int],
-    owner: Any = None,
 ) -> Contract:
-    """Builds the contract. `fakes` are the graph's symbolic values by Dynamo's source name; `owner` is the module
-    that is called, or None: whether it is in training mode is a part of the contract.
+    """Builds the contract. `fakes` are the graph's symbolic values by Dynamo's source name.
 
     Raises CaptureError for an input whose strides follow a size in a way that can't be told in its dims.
     """
@@ -72,9 +71,6 @@ def input_contract(
         on = f"_autocast_enabled({device!r})"
         lost = f" or _autocast_dtype({device!r}) is not {code.constant(state[1])}" if state[0] else ""
         code.check(f"{on} is not {state[0]}{lost}", f"({on},)", f"autocast on {device}", "state", state)
-    if isinstance(owner, torch.nn.Module):
-        name = f"{code.constant(owner)}.training"
-        code.check(f"{name} is not {owner.training}", name, "module.training", "value", owner.training)
     for container in inputs.containers:
         _check_container(code, container)
     first: dict[int, Leaf] = {}
@@ -96,6 +92,7 @@ def input_contract(
             **code.names,
             "_call": target,
             "_break": _break,
+            "_differs": differs,
             "_outside": _outside,
             "_grad_enabled": torch.is_grad_enabled,
             "_no_gradients": _no_gradients,
@@ -135,20 +132,20 @@ def _check_container(code: _Code, container: Container) -> None:
 
 
 def _check_constant(code: _Code, leaf: Leaf) -> None:
-    kind = code.constant(type(leaf.value))
     if isinstance(leaf.value, (*_CONSTANTS, *_COMPARED)):
         if leaf.value is None or isinstance(leaf.value, bool):
             code.check(f"{leaf.code} is not {leaf.value}", leaf.code, leaf.path, "value", leaf.value)
             return
         value = code.constant(leaf.value)
         code.check(
-            f"_type({leaf.code}) is not {kind} or {leaf.code} != {value}",
+            f"{leaf.code} is not {value} and _differs({leaf.code}, {value})",
             leaf.code,
             leaf.path,
             "value",
             leaf.value,
         )
     else:
+        kind = code.constant(type(leaf.value))
         code.check(f"_type({leaf.code}) is not {kind}", leaf.code, leaf.path, "type", type(leaf.value).__name__)
         same = code.constant(leaf.value)
         code.check(f"{leaf.code} is not {same}", leaf.code, leaf.path, "object", f"one {type(leaf.value).__name__}")

@@ -25,9 +25,11 @@ from onegraph.ir.graph import WeightInput
 from onegraph.ir.ledger import StateEntry, StateRead
 from onegraph.ir.source_text import code_digest
 from onegraph.torch_compat.guards import GuardFact, expression_scope
+from onegraph.torch_compat.shapes import is_torch_file
 from onegraph.torch_compat.torch_state import GLOBAL_READS
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ENVIRONMENT_NAMES = frozenset({"environ", "environb", "getenv", "getenvb"})
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
@@ -96,11 +98,12 @@ def state_reads(
         reads += [read] if read is not None else []
         if fact.kind == "TYPE_MATCH" and type(value) not in (dict, list, tuple):
             classes[id(type(value))] = type(value)
-    reads += _method_reads(classes.values(), set(traced_code))
+    codes = set(traced_code)
+    reads += _method_reads(classes.values(), codes)
     reads.append(_code_read(function.__qualname__, function, _root(function)))
     if isinstance(owner, torch.nn.Module):
         reads += _owner_reads(owner)
-    reads += _environment_reads(facts)
+    reads += _environment_reads(codes)
     reads += _global_reads(reads_grad_mode(facts))
     return _distinct(reads)
 
@@ -322,11 +325,12 @@ def _owner_reads(owner: torch.nn.Module) -> Iterator[StateRead]:
             yield _state_read(what, None, (f"{text}.{hooks}", names), "{x}", _hooks)
 
 
-def _environment_reads(facts: Iterable[GuardFact]) -> Iterator[StateRead]:
-    """The whole environment, if the trace read it: Dynamo guards neither a missing variable nor `get`'s default."""
-    fact = next((fact for fact in facts if ".environ" in fact.name), None)
-    if fact is None:
+def _environment_reads(traced: Iterable[types.CodeType]) -> Iterator[StateRead]:
+    """The whole environment, if traced code names it: Dynamo guards neither a missing variable nor `os.getenv`."""
+    reading = [code for code in traced if not _ENVIRONMENT_NAMES.isdisjoint(code.co_names)]
+    if not reading:
         return
+    code = min(reading, key=lambda code: (is_torch_file(code.co_filename), code.co_filename, code.co_firstlineno))
     variables = process_variables()
     before = dict(variables)
 
@@ -337,7 +341,7 @@ def _environment_reads(facts: Iterable[GuardFact]) -> Iterator[StateRead]:
     raw = {**variables._data}  # type: ignore[attr-defined]
     text, names = _root(variables)
     condition = "{x}._data != $raw"
-    yield _state_read("os.environ", fact.user, (text, names), condition, described, raw=raw)
+    yield _state_read("os.environ", f"{code.co_filename}:{code.co_firstlineno}", (text, names), condition, described, raw=raw)
 
 
 def reads_grad_mode(facts: Iterable[GuardFact]) -> bool:
