@@ -67,3 +67,22 @@ def run_on_fakes(function: Callable[..., Any], args: Any, kwargs: Any, sizes: Si
     with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         args, kwargs = tree_map(at_sizes, (args, kwargs))
         return function(*args, **kwargs)
+
+
+def bind_symbols(fake: Any, real: Any, sizes: dict[Any, int]) -> None:
+    """Notes in `sizes` what the symbols that are whole sizes of a fake value stand for in its real value."""
+    if isinstance(fake, torch.Tensor) and isinstance(real, torch.Tensor):
+        for size, number in zip(fake.shape, real.shape, strict=False):
+            bind_symbols(size, number, sizes)
+    elif isinstance(fake, torch.SymInt) and isinstance(real, int):
+        expr = fake.node.shape_env.replace(fake.node.expr)
+        if expr.is_Symbol:
+            sizes.setdefault(expr, real)
+
+
+def known_size(size: Any, sizes: Sizes) -> int | None:
+    """The number that a size is under `sizes`; None where it has symbols that aren't known."""
+    try:
+        return size_at(size, sizes)
+    except TypeError:
+        return None
