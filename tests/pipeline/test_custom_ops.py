@@ -232,6 +232,27 @@ def test_the_check_leaves_no_trace(backend: str, define: Callable[..., Any]) -> 
         torch.testing.assert_close(got, wanted)
 
 
+def test_the_check_sees_the_values_that_the_call_sees(define: Callable[..., Any]) -> None:
+    seen: list[float] = []
+
+    def run_fill(cache: torch.Tensor) -> None:
+        cache.fill_(7)
+
+    def run_read(x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        seen.append(cache.sum().item())
+        return x + cache.sum()
+
+    fill = define("fill(Tensor(a!) cache) -> ()", run_fill, lambda cache: None)
+    read = define("read(Tensor x, Tensor cache) -> Tensor", run_read, lambda x, cache: torch.empty_like(x))
+
+    def model(x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        fill(cache[0])
+        return read(x, cache)
+
+    compiled(model)(torch.ones(5, 4), torch.ones(2, 2))
+    assert seen == [16, 16]
+
+
 def test_weights_are_not_given_to_an_op_that_changes_them(define: Callable[..., Any]) -> None:
     f = define("f(Tensor w) -> Tensor", change, torch.empty_like)
     module = nn.Linear(4, 4)

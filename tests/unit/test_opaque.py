@@ -50,18 +50,20 @@ def test_a_branch_on_the_size_is_taken_anew_on_every_call(first: int) -> None:
     assert call.explain().ledger.shapes == ()
 
 
-def test_a_size_of_a_result_is_a_size_of_an_argument_or_constant() -> None:
+@pytest.mark.parametrize("limit", [64, 2])
+def test_a_size_of_a_result_is_a_size_of_an_argument_or_constant(limit: int) -> None:
     @onegraph.opaque
     def table(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert y.shape[0] <= limit, "a size outside the declared range"
         return torch.zeros(y.shape[0], 7, x.shape[0], dtype=torch.int32), x[:0].sum()
 
     def model(x: torch.Tensor, y: torch.Tensor) -> Any:
         first, second = table(x, y)
         return first.sum(1), second
 
-    other = Dim("other", min=1, max=2)  # two sizes only, both of them small
+    other = Dim("other", min=1, max=limit)
     call = onegraph.compile(model, dynamic_shapes={"x": {0: TOKENS}, "y": {0: other}}, config=EAGER)
-    for sizes in ((1, 1), (64, 2), (2, 2)):
+    for sizes in ((64, 2), (1, 1), (2, 2)):  # the first call is checked: its sizes differ
         first, second = call(torch.zeros(sizes[0]), torch.zeros(sizes[1]))
         assert first.shape == (sizes[1], sizes[0]) and second.shape == ()
 

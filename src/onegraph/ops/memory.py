@@ -58,15 +58,15 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _clone_storage(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     spans = [_span(tensor) for tensor in tensors]
-    low = min(start for start, _ in spans) // _ALIGNMENT * _ALIGNMENT
-    high = max(end for _, end in spans)
+    low = min((start for start, end in spans if start < end), default=0) // _ALIGNMENT * _ALIGNMENT
+    high = max((end for start, end in spans if start < end), default=0)
     whole = torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
     whole.set_(tensors[0].untyped_storage())  # type: ignore[call-overload]
     copied = whole[low:high].clone()
     clones = []
     for tensor, (start, _) in zip(tensors, spans, strict=True):
         flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        offset = (start - low) // tensor.element_size()
+        offset = (start - low) // tensor.element_size() if tensor.numel() else 0
         clones.append(flat.set_(copied.untyped_storage(), offset, tensor.size(), tensor.stride()))
     return clones
 

@@ -44,12 +44,16 @@ def written_arguments(op: Any) -> frozenset[str]:
 
 
 def may_share(op: Any, result: int, name: str) -> bool:
-    """Whether the schema lets this result of an overload share memory with this argument."""
+    """Whether the schema lets this result of an overload share memory with this argument.
+
+    Python can't see the names in annotated lists, `Tensor(a)[]`: such a list may share with any annotated one.
+    """
     returned = op._schema.returns[result].alias_info if result < len(op._schema.returns) else None
     given = next((a.alias_info for a in op._schema.arguments if a.name == name), None)
     if returned is None or given is None:
         return False
-    return "*" in str(returned.after_set) or bool(set(returned.before_set) & set(given.before_set))
+    ours, theirs = set(returned.before_set), set(given.before_set)
+    return not ours or not theirs or bool(ours & theirs) or "*" in returned.after_set
 
 
 class WriteRefusedError(Exception):
