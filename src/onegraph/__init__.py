@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onegraph.config.compilation import CUDAGraphMode as CUDAGraphMode
     from onegraph.llm import LLM as LLM
     from onegraph.llm import SamplingParams as SamplingParams
+    from onegraph.opaque_ops import opaque as opaque
 
 __all__ = [
     "LLM",
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "compile",
     "errors",
+    "opaque",
     "support_torch_compile",
 ]
 
@@ -40,9 +42,10 @@ _MODULES = {
     "CompilationMode": "onegraph.config.compilation",
     "SamplingParams": "onegraph.llm",
     "compile": "onegraph.api",
+    "opaque": "onegraph.opaque_ops",
     "support_torch_compile": "onegraph.api",
 }
-_NEED_TORCH = ("LLM", "SamplingParams", "compile", "support_torch_compile")
+_NEED_TORCH = ("LLM", "SamplingParams", "compile", "opaque", "support_torch_compile")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from onegraph.capture.custom_ops import checked_at_first_call, custom_ops
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.errors import ConfigError
 from onegraph.ir.piece import Piece
@@ -40,4 +41,5 @@ def compile_dynamo_graph(
     )
     compiler = PieceCompiler(config, target_for(devices.pop()), store, lambda conditions: ())
     with dynamo.COMPILE_LOCK:
-        return compiler.compile(piece, None).call
+        call = compiler.compile(piece, None).call
+    return checked_at_first_call(call, graph_module, custom_ops(graph_module))

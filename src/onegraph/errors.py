@@ -55,6 +55,12 @@ class CaptureError(OnegraphError):
     code = "OG-CAPTURE"
 
 
+class CustomOpError(CaptureError):
+    """A custom op that does something else than its schema or its fake says, or that can't be made one."""
+
+    code = "OG-CUSTOM-OP"
+
+
 class ConstraintError(OnegraphError):
     """A model that works only for a part of the declared range. `constraints` are ledger entries."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from onegraph.capture.custom_ops import CustomOp
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import Ledger
 
@@ -56,6 +57,7 @@ class Explanation:
     ledger: Ledger = field(default_factory=Ledger)
     pieces: tuple[PieceExplanation, ...] = ()
     num_ops: int = 0
+    custom_ops: tuple[CustomOp, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -81,6 +83,7 @@ class Explanation:
             "dims": [dim.to_dict() for dim in self.dims],
             "ledger": self.ledger.to_dict(),
             "pieces": [piece.to_dict() for piece in self.pieces],
+            "custom_ops": [op.to_dict() for op in self.custom_ops],
             "plan": None,
             "check": [],
         }
@@ -101,6 +104,9 @@ class Explanation:
             )
         for entry in self.ledger.shapes:
             lines.append(f"  {entry.effect}: {entry.expr}  ({entry.stage}, {entry.user or entry.framework or 'torch'})")
+        for op in self.custom_ops:
+            state = "checked on the first call's values" if op.checked else "pending: to be checked on a call's values"
+            lines.append(f"op       {op.name}  {state}  ({op.user})")
         chosen = [(name, item) for name, item in self.config.items() if item["why"] != "default"]
         lines += [f"config   {name} = {item['value']}  ({item['why']})" for name, item in chosen]
         lines += [f"note     {note}" for note in self.notes]

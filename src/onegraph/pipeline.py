@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from onegraph.binding import bind_weights
 from onegraph.capture.capture import capture
 from onegraph.capture.constraints import judge, refuse_narrowing
+from onegraph.capture.custom_ops import checked_at_first_call, custom_ops
 from onegraph.capture.state_check import changed_entries, state_check
 from onegraph.compiled import Built
 from onegraph.config.resolve import ResolvedConfig
@@ -105,11 +106,13 @@ def build(
             compiled = [compiler.compile(piece, region) for piece in split.pieces]
 
         with stages.stage("bind"):
-            run = bind_weights(compiled[0].call, captured, compiled[0].mutates_inputs)
+            foreign = custom_ops(captured.graph_module)
+            call = checked_at_first_call(compiled[0].call, captured.graph_module, foreign)
+            run = bind_weights(call, captured, compiled[0].mutates_inputs)
             entry = captured.bind_entry(captured.make_callable(run))
 
         checked: CheckedWhen = "never" if config.freeze else state_checked
-        explanation = _explain(name, config, stages, captured, compiled, region, checked)
+        explanation = replace(_explain(name, config, stages, captured, compiled, region, checked), custom_ops=foreign)
         trace_json("explain", explanation.to_dict)
     state = () if config.freeze else captured.state
     return Built(

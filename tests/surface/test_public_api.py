@@ -20,6 +20,7 @@ PUBLIC = [
     "__version__",
     "compile",
     "errors",
+    "opaque",
     "support_torch_compile",
 ]
 

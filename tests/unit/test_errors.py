@@ -36,6 +36,7 @@ def test_codes_are_stable_and_differ() -> None:
         "InputContractError": "OG-INPUT",
         "ShapeOutOfRangeError": "OG-RANGE",
         "CaptureError": "OG-CAPTURE",
+        "CustomOpError": "OG-CUSTOM-OP",
         "ConstraintError": "OG-CONSTRAINT",
         "CompileError": "OG-COMPILE",
         "ArtifactError": "OG-ARTIFACT",

@@ -20,7 +20,7 @@ from onegraph.capture.inputs import CallInputs, read_call
 from onegraph.capture.state import reads_grad_mode, state_reads
 from onegraph.capture.weights import lift_weights
 from onegraph.counters import counters
-from onegraph.errors import CaptureError, ConstraintError
+from onegraph.errors import CaptureError, ConstraintError, CustomOpError
 from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.ledger import Ledger
 from onegraph.torch_compat import dynamo, shapes
@@ -168,6 +168,9 @@ def _symbols(inputs: CallInputs, fakes: dict[str, Any]) -> dict[str, str]:
 
 
 def _capture_error(error: BaseException, inputs: CallInputs) -> Exception:
+    for cause in dynamo.causes(error):
+        if isinstance(cause, CustomOpError):
+            return cause
     failure = dynamo.explain_failure(error)
     frames = [f for f in failure.user_frames if not shapes.is_torch_file(f.filename)] or list(failure.user_frames)
     user = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None

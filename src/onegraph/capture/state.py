@@ -341,7 +341,9 @@ def _environment_reads(traced: Iterable[types.CodeType]) -> Iterator[StateRead]:
     raw = {**variables._data}  # type: ignore[attr-defined]
     text, names = _root(variables)
     condition = "{x}._data != $raw"
-    yield _state_read("os.environ", f"{code.co_filename}:{code.co_firstlineno}", (text, names), condition, described, raw=raw)
+    yield _state_read(
+        "os.environ", f"{code.co_filename}:{code.co_firstlineno}", (text, names), condition, described, raw=raw
+    )
 
 
 def reads_grad_mode(facts: Iterable[GuardFact]) -> bool:

@@ -166,14 +166,19 @@ def _changed_state(code: types.CodeType, guards: tuple[GuardFact, ...]) -> Itera
 CAPTURE_EXCEPTIONS = (TorchDynamoException, ConstraintViolationError, GuardOnDataDependentSymNode)
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it was raised from or while handling, outermost first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def explain_failure(error: BaseException) -> CaptureFailure:
     """Takes apart what Dynamo raised: torch's reason, its hints, and the frames of the user's code."""
     condition = None
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         if isinstance(cause, GuardOnDataDependentSymNode):
             condition = cause.cond
-        cause = cause.__cause__ or cause.__context__
     stack = getattr(error, "real_stack", None) or ()
     lines = str(error).split("\n\nfrom user code:")[0].strip().splitlines()
     hints = tuple(line.strip()[len("Hint:") :].strip() for line in lines if line.strip().startswith("Hint:"))
