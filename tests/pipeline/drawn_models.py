@@ -411,13 +411,14 @@ def optional_argument(r: Random, ranges: tuple[int, int]) -> Part:
         [
             ("o#=None", "None", "", "h = h if o# is None else h + o#", frozenset()),
             ("o#=None", "rand(n, 4)", "{0: N}", "h = h if o# is None else h + o#", frozenset()),
-            ("o#=None", "rand(n, 4) if call % 2 else None", "", "h = h if o# is None else h + o#", CONTRACT | {"ConfigError"}),
+            ("o#=None", "rand(n, 4) if call % 2 else None", "", "h = h if o# is None else h + o#",
+             CONTRACT | {"ConfigError"}),
             ("*, o#=2.0", "2.0", "", "h = h * o#", frozenset()),
             ("*, o#=2.0", "2.0 + call // 2", "", "h = h * o#", CONTRACT),
             ("*, o#='a'", "'ab'[call % 2]", "", "h = h + 1 if o# == 'a' else h", CONTRACT),
             ("*, o#=1", "[1, True, 1.0][call % 3]", "", "outs['o_#'] = torch.arange(n) * o#", CONTRACT),
-            ("*, o#=0.0", "[0.0, -0.0][call % 2]", "", "outs['o_#'] = torch.copysign(torch.ones(4), torch.full((4,), o#))",
-             CONTRACT),
+            ("*, o#=0.0", "[0.0, -0.0][call % 2]", "",
+             "outs['o_#'] = torch.copysign(torch.ones(4), torch.full((4,), o#))", CONTRACT),
         ]
     )  # fmt: skip
     return Part(parameter=parameter, argument=argument, dims=dims, body=body, allowed=allowed)
@@ -483,7 +484,7 @@ def replaced_weights(r: Random, ranges: tuple[int, int]) -> Part:
     changes = (
         "model.linear_#.load_state_dict({'weight': torch.eye(4) * 2, 'bias': torch.ones(4)})",
         "model.linear_#.weight = nn.Parameter(torch.full((4, 4), 0.25))",
-        "model.linear_# = nn.Linear(4, 4); nn.init.constant_(model.linear_#.weight, 0.5); nn.init.zeros_(model.linear_#.bias)",
+        "torch.manual_seed(3); model.linear_# = nn.Linear(4, 4)",
         "model.linear_#.weight.data = torch.full((4, 4), 0.125)",
         "torch.no_grad()(model.linear_#.weight.mul_)(3)",
         "model.linear_#.bias = None",
@@ -533,8 +534,9 @@ def signed_constants(r: Random, ranges: tuple[int, int]) -> Part:
              ("model.zero_# = -0.0", "model.zero_# = 0.0")),
             ("self.zero_# = -0.0", "outs['sign_#'] = torch.full_like(h, self.zero_#).reciprocal()",
              ("model.zero_# = 0.0",)),
-            ("self.nan_# = float('nan')", "outs['nan_#'] = h + self.nan_#", ("model.nan_# = 1.0", "model.nan_# = float('nan')")),
-            ("self.inf_# = float('inf')", "h = h.clamp(max=self.inf_#)", ("model.inf_# = 0.25", "model.inf_# = -math.inf")),
+            ("self.nan_# = math.nan", "outs['nan_#'] = h + self.nan_#",
+             ("model.nan_# = 1.0", "model.nan_# = math.nan")),
+            ("self.inf_# = math.inf", "h = h.clamp(max=self.inf_#)", ("model.inf_# = 0.25", "model.inf_# = -math.inf")),
         ]
     )  # fmt: skip
     return Part(init=init, body=body, changes=changes)
@@ -564,7 +566,7 @@ def size_zero_or_one(r: Random, ranges: tuple[int, int]) -> Part:
             ("h = h + 1 if h.numel() else h", NARROWS),
             ("h = h + 1 if n else h + 2", NARROWS),
             ("h = h + 1 if h.is_contiguous() else h", NARROWS),
-            ("h = h + torch.ones(3, 4)", NARROWS),
+            ("h = h + torch.ones(3, 4)", NARROWS | BREAKS),
             ("outs['wide_#'] = h[:, None].expand(n, 2, 4).sum(1)", frozenset()),
             ("outs['largest_#'] = h.amax(0)", NARROWS),
             ("outs['softmax_#'] = h.softmax(0)", frozenset()),
