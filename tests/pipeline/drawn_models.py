@@ -212,7 +212,7 @@ def sort_or_topk(r: Random, ranges: tuple[int, int]) -> Part:
             _body("h = h.sort(dim=1).values"),
             _body("outs['top_#'] = h.topk(2, dim=1).values"),
             _body("outs['some_#'] = h.topk(min(n, 2), dim=0).values", allowed=NARROWS),
-            _body("outs['two_#'] = h.topk(2, dim=0).values", allowed=NARROWS),
+            _body("outs['two_#'] = h.topk(2, dim=0).values", allowed=NARROWS | BREAKS),
             _body("outs['sums_#'] = h.cumsum(0)"),
         ]
     )
@@ -265,6 +265,11 @@ def attribute_read(r: Random, ranges: tuple[int, int]) -> Part:
             ("type(self).factor_# = 2.0", "h = h * self.factor_#",
              ("Model.factor_# = 3.0", "model.factor_# = 9.0")),
             ("self.limit_# = 2", "outs['some_#'] = h[:, : self.limit_#]", ("model.limit_# = 3",)),
+            ("self.tensors_# = [torch.ones(4)]", "h = h * self.tensors_#[0]",
+             ("model.tensors_#[0] = torch.full((4,), 3.0)", "model.tensors_# = [torch.full((4,), 4.0)]")),
+            ("self.tensor_# = torch.ones(4)", "h = h * self.tensor_#",
+             ("model.tensor_# = torch.full((4,), 3.0)", "model.tensor_# = torch.full((1,), 2.0)",
+              "model.tensor_# = torch.ones(4, dtype=torch.float64)")),
             ("self.flag_# = True", "h = h * 2 if self.flag_# else h", ("model.flag_# = False", "model.flag_# = None")),
         ]
     )  # fmt: skip
@@ -575,6 +580,43 @@ def size_zero_or_one(r: Random, ranges: tuple[int, int]) -> Part:
     return _body(body, allowed=allowed)
 
 
+def size_in_result(r: Random, ranges: tuple[int, int]) -> Part:
+    body, allowed = r.choice(
+        [
+            ("outs['n_#'] = n", frozenset()),
+            ("outs['n_#'] = [n * 2 + 1, h.numel()]", frozenset()),
+            ("outs['shape_#'] = tuple(h.shape)", frozenset()),
+            ("h = h * n", frozenset()),
+            ("h = h / (n + 1)", frozenset()),
+            ("outs['full_#'] = torch.full((n,), n)", frozenset()),
+            ("outs['mean_#'] = h.sum() / max(n, 1)", frozenset()),
+            ("outs['float_#'] = torch.ones(()) * float(n)", NARROWS | BREAKS),
+            ("for i in range(n):\n    h = h + i", NARROWS | BREAKS),
+            ("outs['rows_#'] = [row * 2 for row in h.unbind(0)]", NARROWS | BREAKS),
+            ("outs['text_#'] = f'{n} rows'", NARROWS | BREAKS),
+            ("outs['columns_#'] = list(h.unbind(1))", frozenset()),
+        ]
+    )
+    return _body(body, allowed=allowed)
+
+
+def shared_inputs(r: Random, ranges: tuple[int, int]) -> Part:
+    """Two arguments that share memory in some calls and not in others, where one may be changed in place."""
+    apart, same = "[rand(n, 4), rand(n, 4)]", "[rand(n, 4)] * 2"
+    overlapping = "(lambda t: [t[:n], t[1:]])(rand(n + 1, 4))"
+    first, later = r.choice(
+        [(apart, same), (same, apart), (apart, overlapping), (overlapping, apart), (same, same), (overlapping, same)]
+    )
+    body = r.choice(["h = h + s#[0] * s#[1]", "s#[0].mul_(2)\nh = h + s#[1]", "s#[0][:, 0] = 1\nouts['s_#'] = s#[1]"])
+    return Part(
+        parameter="s#",
+        argument=f"{first} if call < 2 else {later}",
+        dims="[{0: N}, {0: N}]",
+        body=body,
+        allowed=CONTRACT | NARROWS | {"CompileError"},
+    )
+
+
 def swapped_function(r: Random, ranges: tuple[int, int]) -> Part:
     before = "def double_#(h):\n    return h * 2\ndef triple_#(h):\n    return h * 3\nact_# = double_#"
     init, body, changes = r.choice(
@@ -596,7 +638,7 @@ CONSTRUCTS: dict[str, Draw] = {
         global_state, closure_cell, environment_read, folded_call, table_by_size, buffer_mutation, input_mutation,
         output_aliasing, random_op, python_random, optional_argument, odd_tensor, slice_by_size, where, data_dependent,
         replaced_weights, module_tree, training_flag, torch_global_state, signed_constants, python_effect,
-        size_zero_or_one, swapped_function,
+        size_zero_or_one, size_in_result, shared_inputs, swapped_function,
     )
 }  # fmt: skip
 
@@ -605,12 +647,17 @@ REFUSERS = {"branch_on_size", "divisibility_branch", "table_by_size", "data_depe
 
 RANGES = [(0, 1), (0, 8), (1, 2), (1, 7), (1, 16), (1, 64), (2, 9), (3, 5), (4, 32), (0, 5), (1, 4096)]
 
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "dynamic_shapes": ("unbacked", "unbacked", "backed", "backed_size_oblivious"),
-    "on_constraint": ("error", "error", "split"),
-    "on_state_change": ("recapture", "recapture", "error"),
-}
-"""Fields of CompilationConfig that a case draws."""
+OPTIONS: tuple[dict[str, str], ...] = (
+    {},
+    {},
+    {"on_state_change": "error"},
+    {"on_constraint": "split"},
+    {"dynamic_shapes": "backed"},
+    {"dynamic_shapes": "backed", "on_constraint": "split"},
+    {"dynamic_shapes": "backed_size_oblivious"},
+    {"dynamic_shapes": "backed_size_oblivious", "on_state_change": "error"},
+)
+"""Fields of CompilationConfig that a case draws one of."""
 
 
 def draw_case(seed: int, first: str | None = None, max_parts: int = 4, max_changes: int = 2) -> Case:
@@ -618,9 +665,10 @@ def draw_case(seed: int, first: str | None = None, max_parts: int = 4, max_chang
     r = Random(seed)
     names = sorted(CONSTRUCTS)
     chosen = [first or names[seed % len(names)]]
+    refusers = sorted(REFUSERS)
     runs = [name for name in names if name not in REFUSERS]
-    for _ in range(r.choice([0, 1, 1, 2, 2, 3][: max_parts + 1])):
-        chosen.append(r.choice(names if r.random() < 0.1 else runs))
+    for _ in range(r.choice([0, 1, 2, 2, 3, 3])):
+        chosen.append(r.choice(refusers if r.random() < 0.15 else runs))
     chosen = chosen[:max_parts]
     r.shuffle(chosen)
     ranges = (r.choice(RANGES), r.choice(RANGES))
@@ -641,7 +689,7 @@ def draw_case(seed: int, first: str | None = None, max_parts: int = 4, max_chang
         kind=r.choice(["module", "module", "module", "method", "function"]),
         result=r.choice(["dict", "tuple", "dataclass"]),
         context=r.choice(["torch.enable_grad()", "torch.no_grad()", "torch.inference_mode()"]),
-        options={name: r.choice(values) for name, values in OPTIONS.items()},
+        options=r.choice(OPTIONS),
     )
 
 

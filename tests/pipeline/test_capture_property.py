@@ -340,11 +340,12 @@ class Counts:
             row["cases"] += 1
             row["hit"] += bool(outcome.equal or refused)
             row["equal calls"] += outcome.equal
+            row["changes"] += changes * sum(len(call.changes) for call in case.calls)
             row["equal after a change"] += outcome.equal_after_change if changes else 0
             row.update(refused)
 
     def __str__(self) -> str:
-        columns = ["cases", "hit", "equal calls", "equal after a change"]
+        columns = ["cases", "hit", "equal calls", "changes", "equal after a change"]
         columns += sorted({column for row in self.rows.values() for column in row} - set(columns))
         lines = ["construct            " + "  ".join(columns)]
         for name, row in sorted(self.rows.items()):
@@ -355,6 +356,8 @@ class Counts:
         assert not self.failures, f"{len(self.failures)} cases fail:\n" + "\n\n".join(self.failures[:5])
         seldom = {name: self.rows[name]["hit"] for name in CONSTRUCTS if self.rows[name]["hit"] < min_hits}
         assert not seldom, f"constructs that were hit fewer than {min_hits} times: {seldom}\n{self}"
+        vacuous = [name for name, row in self.rows.items() if row["changes"] and not row["equal after a change"]]
+        assert not vacuous or not min_hits, f"constructs that are never right after a change: {vacuous}\n{self}"
 
 
 def plain_cases(start: int, count: int) -> Iterator[tuple[Case, str]]:
