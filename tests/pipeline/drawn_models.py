@@ -240,7 +240,7 @@ def two_symbols(r: Random, ranges: tuple[int, int]) -> Part:
             ("outs['scores_#'] = h @ y#.t()", frozenset()),
             ("outs['both_#'] = torch.cat([h, y#])", frozenset()),
             ("outs['outer_#'] = h[:, None, 0] * y#[None, :, 1]", frozenset()),
-            ("outs['sum_#'] = h + y#", NARROWS),
+            ("outs['sum_#'] = h + y#", NARROWS | BREAKS),
             ("h = h * 2 if n == y#.shape[0] else h * 3", NARROWS),
             ("h = h * 2 if n < y#.shape[0] else h * 3", NARROWS),
             ("outs['rows_#'] = torch.cat([h, y#]).reshape(y#.shape[0] + n, 2, 2).sum(2)", frozenset()),
@@ -273,7 +273,8 @@ def attribute_read(r: Random, ranges: tuple[int, int]) -> Part:
             ("self.flag_# = True", "h = h * 2 if self.flag_# else h", ("model.flag_# = False", "model.flag_# = None")),
         ]
     )  # fmt: skip
-    return Part(init=init, body=body, changes=changes)
+    allowed = CONTRACT if "tensor" in init else frozenset()  # a weight of another shape or dtype may be refused
+    return Part(init=init, body=body, changes=changes, allowed=allowed)
 
 
 def global_state(r: Random, ranges: tuple[int, int]) -> Part:
@@ -494,7 +495,7 @@ def replaced_weights(r: Random, ranges: tuple[int, int]) -> Part:
         "torch.no_grad()(model.linear_#.weight.mul_)(3)",
         "model.linear_#.bias = None",
     )
-    return Part(init="self.linear_# = nn.Linear(4, 4)", body="h = self.linear_#(h)", changes=changes)
+    return Part(init="self.linear_# = nn.Linear(4, 4)", body="h = self.linear_#(h)", changes=changes, allowed=CONTRACT)
 
 
 def module_tree(r: Random, ranges: tuple[int, int]) -> Part:
