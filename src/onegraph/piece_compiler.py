@@ -30,6 +30,9 @@ from onegraph.torch_compat.structured_trace import trace_text
 
 log = get_logger(__name__)
 
+SAME_AS_EAGER = {"fallback_random": True}
+"""Options of Inductor without which its result differs from eager: random ops would draw from another stream."""
+
 
 @dataclass(frozen=True)
 class PieceCompiler:
@@ -59,7 +62,7 @@ class PieceCompiler:
         return replace(made, seconds=time.perf_counter() - started)
 
     def _with_inductor(self, piece: Piece, region: Region | None) -> CompiledPiece:
-        options = {**self.target.compiler_options(), **self.config.inductor_compile_config}
+        options = {**self.target.compiler_options(), **SAME_AS_EAGER, **self.config.inductor_compile_config}
         key = piece_key(piece, region, self.target, options)
         if isinstance(key, Unkeyable):
             return self._fresh(piece, None, options, f"can't be stored: {key.reason}")

@@ -108,18 +108,19 @@ def build(
         with stages.stage("bind"):
             foreign = custom_ops(captured.graph_module)
             call = checked_at_first_call(compiled[0].call, captured.graph_module, foreign)
-            run = bind_weights(call, captured, compiled[0].mutates_inputs)
-            entry = captured.bind_entry(captured.make_callable(run))
+            weights = bind_weights(call, captured, compiled[0].mutates_inputs)
+            entry = captured.bind_entry(captured.make_callable(weights.run))
 
         checked: CheckedWhen = "never" if config.freeze else state_checked
         explanation = replace(_explain(name, config, stages, captured, compiled, region, checked), custom_ops=foreign)
         trace_json("explain", explanation.to_dict)
-    state = () if config.freeze else captured.state
+    if config.freeze:
+        return Built(entry, explanation)
     return Built(
         entry,
         explanation,
-        holds=state_check(state) if state else None,
-        changes=lambda: changed_entries(state),
+        holds=state_check(captured.state, weights.fit),
+        changes=lambda: changed_entries(captured.state) + weights.changes(),
     )
 
 

@@ -418,7 +418,7 @@ def optional_argument(r: Random, ranges: tuple[int, int]) -> Part:
             ("o#=None", "None", "", "h = h if o# is None else h + o#", frozenset()),
             ("o#=None", "rand(n, 4)", "{0: N}", "h = h if o# is None else h + o#", frozenset()),
             ("o#=None", "rand(n, 4) if call % 2 else None", "", "h = h if o# is None else h + o#",
-             CONTRACT | {"ConfigError"}),
+             CONTRACT | {"ConfigError", "ConstraintError"}),
             ("*, o#=2.0", "2.0", "", "h = h * o#", frozenset()),
             ("*, o#=2.0", "2.0 + call // 2", "", "h = h * o#", CONTRACT),
             ("*, o#='a'", "'ab'[call % 2]", "", "h = h + 1 if o# == 'a' else h", CONTRACT),
@@ -652,11 +652,6 @@ OPTIONS: tuple[dict[str, str], ...] = (
     {},
     {},
     {"on_state_change": "error"},
-    {"on_constraint": "split"},
-    {"dynamic_shapes": "backed"},
-    {"dynamic_shapes": "backed", "on_constraint": "split"},
-    {"dynamic_shapes": "backed_size_oblivious"},
-    {"dynamic_shapes": "backed_size_oblivious", "on_state_change": "error"},
 )
 """Fields of CompilationConfig that a case draws one of."""
 

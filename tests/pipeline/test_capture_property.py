@@ -28,6 +28,7 @@ import torch
 import onegraph
 import onegraph.capture.capture
 import onegraph.pipeline
+from onegraph.binding import BoundWeights
 from onegraph.capture.contract import Contract
 from onegraph.errors import OnegraphError
 from onegraph.torch_compat import dynamo
@@ -467,8 +468,11 @@ def test_a_build_without_the_input_contract_is_caught(tmp_path: Path) -> None:
 
 
 def test_a_build_that_binds_its_weights_once_is_caught(tmp_path: Path) -> None:
-    def bind_once(call: Any, captured: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    original = onegraph.pipeline.bind_weights
+
+    def bind_once(call: Any, captured: Any, mutates_inputs: bool) -> BoundWeights:
         weights = [weight.holder[weight.key].detach().clone() for weight in captured.weights]
-        return torch.no_grad()(lambda *inputs: call(*weights, *inputs))
+        run = torch.no_grad()(lambda *inputs: call(*weights, *inputs))
+        return dataclasses.replace(original(call, captured, mutates_inputs), run=run, fit=lambda: True)
 
     caught(["replaced_weights"], lambda patch: patch.setattr(onegraph.pipeline, "bind_weights", bind_once), tmp_path)

@@ -56,6 +56,7 @@ def capture(
             raw = dynamo.capture(module, inputs.args, inputs.kwargs)
         if torch.is_grad_enabled() and reads_grad_mode(raw.guards):  # its answer must be the caller's
             raw = dynamo.capture(module, inputs.args, inputs.kwargs)
+        raw = _with_counters_as_inputs(raw, module, inputs)
     except dynamo.CAPTURE_EXCEPTIONS as error:
         raise _capture_error(error, inputs) from error
     if raw.stored_globals:
@@ -66,12 +67,25 @@ def capture(
         )
     if raw.changed_state:
         raise CaptureError(
-            f"the module reads and changes Python state when it is called: {', '.join(raw.changed_state)}",
+            f"the module reads and changes Python state when it is called: {', '.join(state.what for state in raw.changed_state)}",
             where=f"{function.__module__}.{function.__qualname__}",
             hint="keep it in a tensor (register_buffer), pass it as an argument, or change it outside of forward",
         )
     counters.add("graphs_captured")
     return _captured_graph(raw, inputs, function, owner, required_alignment)
+
+
+def _with_counters_as_inputs(raw: dynamo.RawCapture, module: Any, inputs: CallInputs) -> dynamo.RawCapture:
+    """Traced once more with the ints that the module changes as inputs of the graph: `self.calls += 1` counts on."""
+    sources = tuple(source for state in raw.changed_state for source in state.sources)
+    if not sources or not all(state.sources for state in raw.changed_state):
+        return raw
+    try:
+        with torch.no_grad():
+            again = dynamo.capture(module, inputs.args, inputs.kwargs, unbacked=sources)
+    except dynamo.CAPTURE_EXCEPTIONS:  # it decides on the counter: the first trace tells what is wrong
+        return raw
+    return raw if again.changed_state else again
 
 
 def traced_function(module: Any) -> tuple[Any, Any]:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from onegraph.capture.inputs import CallInputs, Container, Leaf
+from onegraph.capture.inputs import CallInputs, Container, Leaf, out_of_range
 from onegraph.capture.state_check import differs
-from onegraph.errors import CaptureError, ConfigError, InputContractError, ShapeOutOfRangeError
+from onegraph.errors import CaptureError, ConfigError, InputContractError
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import InputEntry
 from onegraph.torch_compat import shapes
@@ -268,11 +268,7 @@ def _break(entry: InputEntry, value: Any) -> None:
 
 
 def _outside(dim: DynamicDim, path: str, index: int, size: int) -> None:
-    raise ShapeOutOfRangeError(
-        f"{path} has size {size} at dim {index}, outside the declared range {dim.name} = {dim.min}..{dim.max}",
-        where=f"argument {path}",
-        hint=f'declare it wider, such as Dim("{dim.name}", min={min(dim.min, size)}, max={max(dim.max, size)})',
-    )
+    raise out_of_range(dim, path, index, size)
 
 
 def _no_gradients(path: str) -> None:

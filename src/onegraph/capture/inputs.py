@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.export import Dim
 
-from onegraph.errors import ConfigError, nearest
+from onegraph.errors import ConfigError, ShapeOutOfRangeError, nearest
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.region import canonical_hint
 from onegraph.torch_compat import dynamo
@@ -224,10 +224,7 @@ class _Walk:
         for index, dim in declared.items():
             size = value.shape[index]
             if not dim.min <= size <= dim.max:
-                raise ConfigError(
-                    f"{path} has size {size} at dim {index}, outside {dim.name} = {dim.min}..{dim.max}",
-                    hint="give an example within the declared range",
-                )
+                raise out_of_range(dim, path, index, size)
             dynamo.mark_dynamic_dim(
                 alias, index, name=dim.name, minimum=dim.min, maximum=dim.max, hint=canonical_hint(dim)
             )
@@ -331,3 +328,12 @@ def _contiguous(shape: torch.Size) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
+
+
+def out_of_range(dim: DynamicDim, path: str, index: int, size: int) -> ShapeOutOfRangeError:
+    """The error for a size that its declared range doesn't have."""
+    return ShapeOutOfRangeError(
+        f"{path} has size {size} at dim {index}, outside the declared range {dim.name} = {dim.min}..{dim.max}",
+        where=f"argument {path}",
+        hint=f'declare it wider, such as Dim("{dim.name}", min={min(dim.min, size)}, max={max(dim.max, size)})',
+    )

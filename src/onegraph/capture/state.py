@@ -209,7 +209,7 @@ def _read(
         weight = by_tensor.get(id(value))
         if weight is None:
             return read("{x} is not $tensor", _tensor, tensor=value)
-        return read("{x} is not $holder[$key]", _tensor, holder=weight.holder, key=weight.key)
+        return read("{x} is not $holder[$key] or {x} is None", _tensor, holder=weight.holder, key=weight.key)
     if kind == "TYPE_MATCH":
         return read("$type({x}) is not $expected", _type_name, type=type, expected=type(value))
     if kind == "HASATTR":

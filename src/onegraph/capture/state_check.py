@@ -64,8 +64,8 @@ class _Code:
         return source
 
 
-def state_check(reads: tuple[StateRead, ...]) -> Callable[[], bool]:
-    """A function without arguments: whether every read finds what the trace found. It never raises."""
+def state_check(reads: tuple[StateRead, ...], also: Callable[[], bool] | None = None) -> Callable[[], bool]:
+    """A function without arguments: whether every read finds what the trace found, and `also()`. It never raises."""
     trees = [ast.parse(read.expression, mode="eval").body for read in reads]
     uses: Counter[str] = Counter()
     for text in dict.fromkeys(ast.unparse(tree) for tree in trees):
@@ -78,7 +78,7 @@ def state_check(reads: tuple[StateRead, ...]) -> Callable[[], bool]:
     for text, times in Counter(ast.unparse(tree) for tree in trees).items():
         uses[text] += times - 1
     code = _Code(uses)
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"_also": also}
     for read, tree in zip(reads, trees, strict=True):
         names.update(read.names)
         value = code.value(tree, keep=read.condition.count("{x}") > 1)
@@ -88,7 +88,7 @@ def state_check(reads: tuple[StateRead, ...]) -> Callable[[], bool]:
             "def holds():",
             "    try:",
             *code.lines,
-            "        return True",
+            f"        return {'True' if also is None else '_also()'}",
             "    except Exception:",
             "        return False",
         ]

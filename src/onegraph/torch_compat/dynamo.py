@@ -32,6 +32,17 @@ COMPILE_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
+class ChangedState:
+    """Python state that residual code writes and that the trace has read: one call's outcome would be repeated.
+
+    `sources` are the expressions of the values that were read as constants, empty for what isn't an attribute.
+    """
+
+    what: str
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class RawCapture:
     """What Dynamo found. `sources` gives, for each placeholder, where residual code takes its value from;
     `globals_read` is the `G` of the guards' expressions."""
@@ -46,7 +57,7 @@ class RawCapture:
     traced_files: tuple[str, ...]
     make_callable: Callable[[Callable[..., Any]], Callable[..., Any]]
     stored_globals: tuple[str, ...]
-    changed_state: tuple[str, ...]
+    changed_state: tuple[ChangedState, ...]
 
 
 @dataclass(frozen=True)
@@ -84,11 +95,14 @@ def compile_scope(name: str) -> Iterator[None]:
         yield
 
 
-def capture(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawCapture:
+def capture(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], unbacked: tuple[str, ...] = ()
+) -> RawCapture:
     """Traces one call of a module, method or function into one graph; must run inside `compile_scope`.
 
     Method: `torch._dynamo.convert_frame.fullgraph_capture`, with parameters, buffers and free tensors installed
-    on the graph instead of passed by the residual code. Raises what Dynamo raises; see `explain_failure`.
+    on the graph instead of passed by the residual code. The ints at the sources `unbacked` (`L['self'].calls`) are
+    inputs of the graph instead of constants. Raises what Dynamo raises; see `explain_failure`.
     """
     patches = {
         "install_free_tensors": True,
@@ -97,10 +111,14 @@ def capture(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Raw
         "record_pre_graph_bytecode_in_traces": False,
         "suppress_errors": False,
     }
+    compiler_patches: dict[str, Any] = {}
+    if unbacked and hasattr(torch.compiler.config, "unbacked_sources"):
+        patches["allow_unspec_int_on_nn_module"] = True
+        compiler_patches["unbacked_sources"] = ",".join(unbacked)
     known = {key: value for key, value in patches.items() if hasattr(dynamo.config, key)}
     frame = convert_frame._get_frame(function, args, kwargs)
     traced_function, _ = convert_frame.get_traced_fn(function)
-    with dynamo.config.patch(known), asserted_while_tracing() as asserted:
+    with dynamo.config.patch(known), torch.compiler.config.patch(compiler_patches), asserted_while_tracing() as asserted:
         output = convert_frame._fullgraph_capture_frame(frame)
     graph_output, backend_input = output.graph_capture_output, output.backend_input
     if backend_input is None:
@@ -139,13 +157,16 @@ def _stored_globals(code: types.CodeType) -> tuple[str, ...]:
     return tuple(str(i.argval) for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"))
 
 
-def _changed_state(code: types.CodeType, guards: tuple[GuardFact, ...]) -> Iterator[str]:
-    """Python state that residual code changes and that the trace has read: one call's outcome would be repeated.
+def _changed_state(code: types.CodeType, guards: tuple[GuardFact, ...]) -> Iterator[ChangedState]:
+    """What residual code writes of the state that was read.
 
     An attribute is told by a guard on its value; a list that isn't an argument is written as a whole.
     """
     value_guards = ("CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH", "ID_MATCH")
-    read = {guard.name.rpartition(".")[2] for guard in guards if guard.kind in value_guards}
+    read: dict[str, set[str]] = {}
+    for guard in guards:
+        if guard.kind in value_guards:
+            read.setdefault(guard.name.rpartition(".")[2], set()).add(guard.name)
     instructions = [
         i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PRECALL", "COPY", "SWAP", "POP_TOP")
     ]
@@ -154,13 +175,13 @@ def _changed_state(code: types.CodeType, guards: tuple[GuardFact, ...]) -> Itera
         if instruction.argval == "object_setattr_ignore_descriptor":
             name = next((i.argval for i in following if i.opname == "LOAD_CONST" and isinstance(i.argval, str)), None)
             if name in read:
-                yield f"the attribute {name!r}"
+                yield ChangedState(f"the attribute {name!r}", tuple(sorted(read[name])))
         elif instruction.opname in ("STORE_ATTR", "DELETE_ATTR") and instruction.argval in read:
-            yield f"the attribute {instruction.argval!r}"
+            yield ChangedState(f"the attribute {instruction.argval!r}", tuple(sorted(read[instruction.argval])))
         elif instruction.opname in ("STORE_SUBSCR", "STORE_SLICE"):
             holder = next((i for i in reversed(before) if i.opname not in ("LOAD_CONST", "BUILD_SLICE")), None)
             if holder is not None and holder.opname in ("LOAD_ATTR", "LOAD_GLOBAL", "LOAD_DEREF"):
-                yield f"the list {holder.argval!r}"
+                yield ChangedState(f"the list {holder.argval!r}")
 
 
 CAPTURE_EXCEPTIONS = (TorchDynamoException, ConstraintViolationError, GuardOnDataDependentSymNode)

@@ -98,7 +98,7 @@ def proven_by_ranges(expr: Any, ranges: Mapping[Any, tuple[int, int]]) -> bool:
 def expression(size: Any, shape_env: Any) -> Any:
     """The sympy expression of a size, with replacements applied; ints become sympy integers."""
     if isinstance(size, torch.SymInt):
-        return shape_env.replace(size.node.expr)
+        return size.node.expr if shape_env is None else shape_env.replace(size.node.expr)
     return sympy.Integer(size)
 
 
