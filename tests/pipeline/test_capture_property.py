@@ -167,8 +167,8 @@ def compare(kind: str, got: Any, expected: Any, path: str, exact: bool) -> None:
 
 
 def sharing(*values: Any) -> list[int]:
-    """Which tensors share memory, as the index of the first one with the same storage."""
-    found = list(tensors_in(values))
+    """Which tensors share memory, as the index of the first one with the same storage. Empty ones have none."""
+    found = [tensor for tensor in tensors_in(values) if tensor.numel()]
     storages = [tensor.untyped_storage()._cdata for tensor in found]
     return [storages.index(storage) for storage in storages]
 
