@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from onegraph.capture.constraints import data_dependent_constraint, judge, refuse_narrowing, source_line
+from onegraph.capture.constraints import judge, refuse_narrowing
 from onegraph.capture.contract import input_contract
+from onegraph.capture.failures import capture_error, refuse_host_reads
 from onegraph.capture.inputs import CallInputs, read_call
 from onegraph.capture.state import reads_grad_mode, state_reads
 from onegraph.capture.weights import lift_weights
 from onegraph.counters import counters
-from onegraph.errors import CaptureError, ConstraintError, CustomOpError
+from onegraph.errors import CaptureError
 from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.ledger import Ledger
 from onegraph.torch_compat import dynamo, shapes
@@ -58,7 +59,8 @@ def capture(
             raw = dynamo.capture(module, inputs.args, inputs.kwargs)
         raw = _with_counters_as_inputs(raw, module, inputs)
     except dynamo.CAPTURE_EXCEPTIONS as error:
-        raise _capture_error(error, inputs) from error
+        raise capture_error(error, module, inputs) from error
+    refuse_host_reads(raw.graph_module)
     if raw.stored_globals:
         raise CaptureError(
             f"the module assigns the global {raw.stored_globals[0]!r} when it is called",
@@ -66,8 +68,9 @@ def capture(
             hint="keep such state in an attribute of the module, or outside of it",
         )
     if raw.changed_state:
+        changed = ", ".join(state.what for state in raw.changed_state)
         raise CaptureError(
-            f"the module reads and changes Python state when it is called: {', '.join(state.what for state in raw.changed_state)}",
+            f"the module reads and changes Python state when it is called: {changed}",
             where=f"{function.__module__}.{function.__qualname__}",
             hint="keep it in a tensor (register_buffer), pass it as an argument, or change it outside of forward",
         )
@@ -179,25 +182,3 @@ def _symbols(inputs: CallInputs, fakes: dict[str, Any]) -> dict[str, str]:
                 for symbol in shapes.symbol_names(fake.shape[index]):
                     symbols[symbol] = dim.name
     return symbols
-
-
-def _capture_error(error: BaseException, inputs: CallInputs) -> Exception:
-    for cause in dynamo.causes(error):
-        if isinstance(cause, CustomOpError):
-            return cause
-    failure = dynamo.explain_failure(error)
-    frames = [f for f in failure.user_frames if not shapes.is_torch_file(f.filename)] or list(failure.user_frames)
-    user = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
-    quoted = source_line(user)
-    where = f"{user}: {quoted}" if quoted else user
-    if failure.condition is not None and inputs.dims:
-        entries = data_dependent_constraint(failure.condition, user, inputs.dims)
-        return ConstraintError(
-            f"the model decides on a size that is declared dynamic: {entries[0].expr}",
-            where=where,
-            hint="compute the same for every size (torch.where instead of a branch), hide the branch in a custom "
-            "op, or declare a Dim for which the answer is the same everywhere",
-            constraints=entries,
-        )
-    hint = "; ".join(failure.hints[:3]) or "see TORCH_LOGS=graph_breaks for torch's own words"
-    return CaptureError(f"the module can't be captured as one graph: {failure.reason}", where=where, hint=hint)

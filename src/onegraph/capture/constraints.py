@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import linecache
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -120,34 +121,82 @@ def source_line(place: str | None) -> str | None:
 def refuse_narrowing(entries: Iterable[ShapeEntry], dims: tuple[DynamicDim, ...]) -> None:
     """Raises ConstraintError if an entry narrows the declared range; it holds all such entries."""
     narrowing = tuple(entry for entry in entries if entry.effect == "narrows")
-    if not narrowing:
-        return
-    told = tuple(entry for entry in narrowing if entry.user)  # what torch derived from these adds no place
-    narrowing = told or narrowing
-    declared = ", ".join(f"{dim.name} = {dim.min}..{dim.max}" for dim in dims)
-    lines = []
-    for entry in narrowing:
-        place = entry.user or entry.framework or "torch"
-        quoted = f": {entry.source_line}" if entry.source_line else ""
-        lines.append(f"  {entry.expr}   ({entry.stage}, {place}{quoted})")
-    raise ConstraintError(
-        f"the model works only for a part of the declared range ({declared}); it needs\n" + "\n".join(lines),
-        where=narrowing[0].user or narrowing[0].framework,
-        hint="compute the same for every size (torch.where instead of a branch), hide the branch in a custom op, "
-        "or declare a narrower Dim",
-        constraints=narrowing,
-    )
+    if narrowing:
+        told = tuple(entry for entry in narrowing if entry.user)  # what torch derived from these adds no place
+        declared = ", ".join(f"{dim.name} = {dim.min}..{dim.max}" for dim in dims)
+        report = ConstraintReport(told or narrowing, dims)
+        raise report.error(f"the model works only for a part of the declared range ({declared})")
 
 
-def data_dependent_constraint(condition: Any, user: str | None, dims: tuple[DynamicDim, ...]) -> tuple[ShapeEntry, ...]:
-    """The entry for a condition that tracing had to decide and couldn't: it splits the declared range.
+@dataclass(frozen=True)
+class ConstraintReport:
+    """Conditions that a declared range doesn't imply, as one error: what, where, why it matters, and the ways out."""
 
-    Before a graph exists torch's symbols can't be told apart by argument; with one declared dim there is no
-    doubt, with several the condition is told in torch's symbols.
+    entries: tuple[ShapeEntry, ...]
+    dims: tuple[DynamicDim, ...]
+    either: bool = False
+    """Whether the module works for both answers of the condition, each with a graph of its own."""
+
+    def error(self, summary: str) -> ConstraintError:
+        """The error, which begins with `summary`."""
+        first = self.entries[0]
+        lines = [f"{summary}:", *(f"    {entry.expr}" for entry in self.entries)]
+        lines.append("  One graph serves every size of the range, so it can't take one side for all of them.")
+        return ConstraintError(
+            "\n".join(lines),
+            where="\n         ".join(dict.fromkeys(_place(entry) for entry in self.entries)),
+            hint="one of these\n" + "\n".join(f"    - {way}" for way in self._ways_out(first)),
+            constraints=self.entries,
+        )
+
+    def _ways_out(self, entry: ShapeEntry) -> Iterator[str]:
+        yield "no branch: compute the same for every size, such as x * 2 whatever the size"
+        yield "torch.where: torch.where(torch.arange(x.shape[0]) < 64, a, b) chooses inside the graph"
+        yield (
+            "hide it: @onegraph.opaque on a function `def pick(x: torch.Tensor) -> torch.Tensor: ...` that holds "
+            "the branch; it runs as it is"
+        )
+        if (narrower := self._narrower(entry)) is not None:
+            yield f"a narrower Dim, where the answer is the same everywhere: {narrower}"
+
+    def _narrower(self, entry: ShapeEntry) -> str | None:
+        """The longest run of sizes with one answer, if the condition is on one dim whose sizes can be tried."""
+        names = [dim for dim in self.dims if re.search(rf"\b{re.escape(dim.name)}\b", entry.expr)]
+        if len(names) != 1 or names[0].max - names[0].min >= _ENUMERATED:
+            return None
+        dim = names[0]
+        try:
+            code = compile(entry.expr, "<constraint>", "eval")
+            answers = [bool(eval(code, {dim.name: size})) for size in range(dim.min, dim.max + 1)]  # noqa: S307
+        except Exception:  # noqa: BLE001 - an expression that isn't Python, or divides by zero
+            return None
+        runs = [(answer, len(list(run))) for answer, run in itertools.groupby(answers)]
+        ends = list(itertools.accumulate(length for _, length in runs))
+        wanted = [i for i, (answer, _) in enumerate(runs) if answer or self.either]
+        if not wanted or len(runs) == 1:
+            return None
+        best = max(wanted, key=lambda i: runs[i][1])
+        if runs[best][1] < 2:
+            return None
+        first = dim.min + ends[best] - runs[best][1]
+        return f'Dim("{dim.name}", min={first}, max={dim.min + ends[best] - 1})'
+
+
+def _place(entry: ShapeEntry) -> str:
+    quoted = f": {entry.source_line}" if entry.source_line else ""
+    framework = f", by {entry.framework}" if entry.framework and entry.user else ""
+    return f"{entry.user or entry.framework or 'torch'}{quoted}   ({entry.stage}{framework})"
+
+
+def data_dependent_constraint(
+    condition: Any, user: str | None, dims: tuple[DynamicDim, ...], symbols: Mapping[str, str]
+) -> ShapeEntry | None:
+    """The entry for a condition on sizes that tracing had to decide and couldn't: it splits the declared range.
+
+    `symbols` maps torch's symbols to dims. None for a condition on something else than these, such as `.item()`.
     """
-    text = str(condition)
-    if len(dims) == 1 and len(condition.free_symbols) == 1:
-        symbol = sympy.Symbol("dim0", integer=True, nonnegative=True)
-        expr = condition.xreplace(dict.fromkeys(condition.free_symbols, symbol))
-        text = _readable(expr, {dims[0].name: symbol})
-    return (ShapeEntry(text, "capture", "narrows", user=user, source_line=source_line(user)),)
+    known = {dim.name: sympy.Symbol(f"dim{i}", integer=True, nonnegative=True) for i, dim in enumerate(dims)}
+    if not {str(symbol) for symbol in condition.free_symbols} <= {s for s, name in symbols.items() if name in known}:
+        return None
+    expr = condition.xreplace({s: known[symbols[str(s)]] for s in condition.free_symbols})
+    return ShapeEntry(_readable(expr, known), "capture", "narrows", user=user, source_line=source_line(user))

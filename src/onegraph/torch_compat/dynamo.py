@@ -11,6 +11,7 @@ import dis
 import threading
 import traceback
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from torch._dynamo import decorators
 from torch._dynamo.exc import TorchDynamoException, Unsupported
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._guards import CompileContext, compile_context
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode, ShapeEnv
 
 from onegraph.torch_compat.guards import GuardFact, guard_facts
 from onegraph.torch_compat.shapes import RawCondition, asserted_while_tracing
@@ -64,14 +65,14 @@ class RawCapture:
 class CaptureFailure:
     """Why Dynamo gave up, in parts that an error message can be made of.
 
-    `condition` is the expression on sizes that could not be decided, as a sympy expression, if that was it.
+    `condition` is the expression on sizes that could not be decided, as a sympy expression, if that was it;
+    `symbols` maps its symbols to the names of the dynamic dims.
     """
 
     reason: str
     hints: tuple[str, ...]
     user_frames: tuple[traceback.FrameSummary, ...]
     condition: Any | None = None
-    is_graph_break: bool = False
     symbols: dict[str, str] = field(default_factory=dict)
 
 
@@ -95,9 +96,7 @@ def compile_scope(name: str) -> Iterator[None]:
         yield
 
 
-def capture(
-    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], unbacked: tuple[str, ...] = ()
-) -> RawCapture:
+def capture(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], unbacked: tuple[str, ...] = ()) -> RawCapture:
     """Traces one call of a module, method or function into one graph; must run inside `compile_scope`.
 
     Method: `torch._dynamo.convert_frame.fullgraph_capture`, with parameters, buffers and free tensors installed
@@ -118,7 +117,13 @@ def capture(
     known = {key: value for key, value in patches.items() if hasattr(dynamo.config, key)}
     frame = convert_frame._get_frame(function, args, kwargs)
     traced_function, _ = convert_frame.get_traced_fn(function)
-    with dynamo.config.patch(known), torch.compiler.config.patch(compiler_patches), asserted_while_tracing() as asserted:
+    with (
+        warnings.catch_warnings(),
+        dynamo.config.patch(known),
+        torch.compiler.config.patch(compiler_patches),
+        asserted_while_tracing() as asserted,
+    ):
+        warnings.filterwarnings("ignore", "Dynamo does not know how to trace")  # the error that follows says it
         output = convert_frame._fullgraph_capture_frame(frame)
     graph_output, backend_input = output.graph_capture_output, output.backend_input
     if backend_input is None:
@@ -196,10 +201,10 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def explain_failure(error: BaseException) -> CaptureFailure:
     """Takes apart what Dynamo raised: torch's reason, its hints, and the frames of the user's code."""
-    condition = None
+    condition, symbols = None, {}
     for cause in causes(error):
         if isinstance(cause, GuardOnDataDependentSymNode):
-            condition = cause.cond
+            condition, symbols = cause.cond, _declared_symbols(cause)
     stack = getattr(error, "real_stack", None) or ()
     lines = str(error).split("\n\nfrom user code:")[0].strip().splitlines()
     hints = tuple(line.strip()[len("Hint:") :].strip() for line in lines if line.strip().startswith("Hint:"))
@@ -209,8 +214,19 @@ def explain_failure(error: BaseException) -> CaptureFailure:
         hints=hints,
         user_frames=tuple(stack),
         condition=condition,
-        is_graph_break=isinstance(error, Unsupported),
+        symbols=symbols,
     )
+
+
+def _declared_symbols(error: BaseException) -> dict[str, str]:
+    """Symbol -> name given to `mark_dynamic_dim`, from the shape environment that raised the error."""
+    trace = error.__traceback__
+    while trace is not None:
+        raised_by = trace.tb_frame.f_locals.get("self")
+        if isinstance(raised_by, ShapeEnv):
+            return {str(symbol): name for name, symbol in raised_by._shape_id_to_unbacked_symbol.items()}
+        trace = trace.tb_next
+    return {}
 
 
 def traced_function(callable_: Any) -> tuple[types.FunctionType, Any]:

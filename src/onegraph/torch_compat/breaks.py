@@ -1,0 +1,124 @@
+"""Where a module leaves the graph: reads of tensor values on the host in a graph, and further graph breaks.
+
+Takes a captured graph, or a module that couldn't be captured. Gives the places as data, in the user's lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo as dynamo
+from torch._dynamo import symbolic_convert
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from onegraph.torch_compat.shapes import is_torch_file
+
+_HOST_METHODS = {"item": ".item()", "tolist": ".tolist()", "cpu": ".cpu()"}
+
+
+@dataclass(frozen=True)
+class HostRead:
+    """An operation that gives a tensor's values to the host: `.item()`, `.tolist()`, `.cpu()`, numpy."""
+
+    what: str
+    user: str | None
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """One graph break: torch's reason (its first line), and the user's line."""
+
+    reason: str
+    user: str | None
+
+
+def host_reads(graph_module: torch.fx.GraphModule) -> tuple[HostRead, ...]:
+    """Reads on the host that Dynamo has put into its graph, in order; each would stop an accelerator's queue."""
+    reads = (
+        HostRead(what, _user_line(node.meta.get("stack_trace")))
+        for node in graph_module.graph.nodes
+        if (what := _host_read(node)) is not None
+    )
+    return tuple(dict.fromkeys(reads))
+
+
+def _host_read(node: torch.fx.Node) -> str | None:
+    if node.op == "call_method":
+        if node.target == "view_as" and len(node.args) == 2 and node.args[0] is node.args[1]:
+            return ".numpy()"  # how Dynamo writes it
+        return _HOST_METHODS.get(str(node.target))
+    if node.op == "call_function" and getattr(node.target, "__module__", None) == "torch._dynamo.utils":
+        return "numpy" if "numpy" in type(node.target).__name__.lower() else None
+    return None
+
+
+def _user_line(stack_trace: str | None) -> str | None:
+    """The innermost frame of the user's code in a node's stack trace."""
+    places = re.findall(r'File "(.+?)", line (\d+)', stack_trace or "")
+    users = [place for place in places if not is_torch_file(place[0])] or places
+    return f"{users[-1][0]}:{users[-1][1]}" if users else None
+
+
+def further_breaks(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[GraphBreak, ...]:
+    """All graph breaks of one call that can be found without computing, in order.
+
+    Method: a copy of the module whose tensors are fake is traced by Dynamo piece by piece, as torch.compile would;
+    what the copy changes of itself is lost, what it prints is kept back. Ends at the first line that needs a real
+    value, so the list may be short; it is empty where a module can't be copied.
+    """
+    found: list[GraphBreak] = []
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with contextlib.suppress(Exception), _quiet(), _noted_breaks(found), mode:
+        fake = copy.deepcopy(module)
+        fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, torch.empty_like, (args, kwargs))
+        dynamo.optimize("eager")(fake)(*fake_args, **fake_kwargs)
+    return tuple(dict.fromkeys(found))
+
+
+@contextlib.contextmanager
+def _noted_breaks(found: list[GraphBreak]) -> Iterator[None]:
+    """Adds each graph break that Dynamo logs inside the block."""
+    translator = symbolic_convert.InstructionTranslatorBase
+    original = translator.log_graph_break
+
+    def noted(self: Any, code_options: Any, reason: str, exc: Any) -> None:
+        found.append(GraphBreak(_first_line(str(exc)), _frame(getattr(exc, "real_stack", None))))
+        original(self, code_options, reason, exc)
+
+    translator.log_graph_break = noted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        translator.log_graph_break = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    patches = {"suppress_errors": False, "verbose": False}
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        dynamo.config.patch(patches),
+        torch.no_grad(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _first_line(reason: str) -> str:
+    return reason.strip().splitlines()[0]
+
+
+def _frame(stack: Any) -> str | None:
+    frames = [f for f in stack or () if not is_torch_file(f.filename)] or list(stack or ())
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
