@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import threading
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,7 +21,9 @@ from onegraph.config.resolve import ResolvedConfig, resolve
 from onegraph.env import environment
 from onegraph.errors import ArtifactError, ConfigError
 from onegraph.log import get_logger
+from onegraph.numerics.oracle import SizeCheck
 from onegraph.pipeline import Observer, build, empty_explanation
+from onegraph.size_check import check_sizes
 from onegraph.store.store import Store
 from onegraph.targets import device_rules, target_for
 
@@ -68,7 +71,7 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
             return Built(module, empty_explanation(title, resolved))
         if resolved.mode is CompilationMode.STOCK_TORCH_COMPILE:
             return Built(_stock_compile(module, resolved), empty_explanation(title, resolved))
-        return build(
+        built = build(
             module,
             args,
             kwargs,
@@ -80,6 +83,20 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
             observer=observer,
             state_checked=state_checked,
         )
+
+        def check(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any], num_sizes: int) -> Iterator[SizeCheck]:
+            return check_sizes(
+                compiled,
+                module,
+                args,
+                kwargs,
+                dynamic_shapes=dynamic_shapes,
+                max_size=resolved.max_num_tokens,
+                constraints=built.explanation.ledger.shapes,
+                num_sizes=num_sizes,
+            )
+
+        return replace(built, check=check)
 
     return CompiledModel(
         module,

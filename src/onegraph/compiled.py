@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from onegraph.counters import counters
@@ -18,6 +18,7 @@ from onegraph.errors import ConfigError, StateChangedError
 from onegraph.explanation import Explanation
 from onegraph.ir.ledger import StateEntry
 from onegraph.log import get_logger
+from onegraph.numerics.oracle import SizeCheck, check_call
 
 log = get_logger(__name__)
 
@@ -39,6 +40,8 @@ class Built:
     explanation: Explanation
     holds: Callable[[], bool] | None = None
     changes: Callable[[], Changes] = tuple
+    check: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], int], Iterator[SizeCheck]] | None = None
+    """`check(compiled, args, kwargs, num_sizes)` compares with eager and fp64; None where nothing is compiled."""
 
 
 class CompiledModel:
@@ -69,6 +72,7 @@ class CompiledModel:
         self._current: Built | None = None
         self._traces: list[Built] = []
         self._told_too_many = False
+        self._checks: tuple[SizeCheck, ...] = ()
         self._building = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,10 +110,42 @@ class CompiledModel:
                     raise _state_changed(self._current.changes())
                 self._current = None
 
+    def check(
+        self, example: Mapping[str, Any] | None = None, /, *args: Any, num_sizes: int = 8, **kwargs: Any
+    ) -> tuple[SizeCheck, ...]:
+        """Compares the compiled model with eager and with fp64, at `num_sizes` sizes of the first declared dim.
+
+        The arguments are an example call, as for `warm_up`; its rows are repeated or cut to each size. Gives a
+        tuple of SizeCheck, which `explain()` shows from then on. Compiles first if need be. Raises ConfigError
+        for a mode that compiles nothing of ours, and what the model raises.
+        """
+        if example is not None and not isinstance(example, Mapping):
+            args = (example, *args)
+        elif example is not None:
+            kwargs = {**example, **kwargs}
+        built = self._ensure_built(args, kwargs)
+        if built.check is None:
+            raise ConfigError("nothing is compiled, so there is nothing to check", hint="give another mode")
+        self._checks = tuple(built.check(self, args, kwargs, num_sizes))
+        return self._checks
+
+    def check_calls(
+        self, calls: Iterable[tuple[int, dict[str, Any]]], shared: Mapping[str, Any]
+    ) -> tuple[SizeCheck, ...]:
+        """As `check`, on given calls: pairs of a size and keyword arguments.
+
+        `shared` are further arguments for all of them, which aren't cloned (see `numerics.oracle.check_call`).
+        """
+        self._checks = tuple(
+            SizeCheck(size, check_call(self, self.original, (), kwargs, shared)) for size, kwargs in calls
+        )
+        return self._checks
+
     def explain(self) -> Explanation:
         """How this model was compiled; before the first call, what is configured."""
         built = self._current or (self._traces[-1] if self._traces else None)
-        return self._unbuilt() if built is None else built.explanation
+        explanation = self._unbuilt() if built is None else built.explanation
+        return replace(explanation, checks=self._checks)
 
     def _ensure_built(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
         """The trace whose state holds now, made if there is none; the module itself after too many."""

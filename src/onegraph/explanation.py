@@ -8,6 +8,7 @@ from typing import Any
 from onegraph.capture.custom_ops import CustomOp
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import Ledger
+from onegraph.numerics.oracle import SizeCheck
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Explanation:
     num_ops: int = 0
     custom_ops: tuple[CustomOp, ...] = ()
     notes: tuple[str, ...] = ()
+    checks: tuple[SizeCheck, ...] = ()
+    """Sizes at which compiled was compared with eager and fp64."""
 
     @property
     def start(self) -> str:
@@ -85,7 +88,7 @@ class Explanation:
             "pieces": [piece.to_dict() for piece in self.pieces],
             "custom_ops": [op.to_dict() for op in self.custom_ops],
             "plan": None,
-            "check": [],
+            "check": [check.to_dict() for check in self.checks],
         }
 
     def __str__(self) -> str:
@@ -110,4 +113,18 @@ class Explanation:
         chosen = [(name, item) for name, item in self.config.items() if item["why"] != "default"]
         lines += [f"config   {name} = {item['value']}  ({item['why']})" for name, item in chosen]
         lines += [f"note     {note}" for note in self.notes]
+        if self.checks:
+            lines += self._check_lines()
         return "\n".join(lines)
+
+    def _check_lines(self) -> list[str]:
+        """The check of numbers: how many sizes are in order, the worst of them, and each that isn't."""
+        wrong = [check for check in self.checks if not check.ok]
+        worst = max(self.checks, key=lambda check: (not check.ok, check.found.max_error))
+        sizes = ", ".join(str(check.num_tokens) for check in self.checks)
+        found = worst.found
+        return [
+            f"check    {len(self.checks) - len(wrong)} of {len(self.checks)} sizes in order ({sizes}); worst at "
+            f"{worst.num_tokens}: error {found.max_error:.2g} against fp64, eager's {found.eager_error:.2g}",
+            *(f"  wrong at {check.num_tokens}: {check.found.where}" for check in wrong),
+        ]

@@ -24,6 +24,7 @@ from onegraph.env import environment
 from onegraph.errors import ConfigError
 from onegraph.explanation import Explanation
 from onegraph.log import get_logger, set_level
+from onegraph.numerics.oracle import SizeCheck
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput", "SamplingParams"]
 
@@ -129,6 +130,14 @@ class LLM:
     def explain(self) -> Explanation:
         """How the model was compiled: `.to_dict()`, or `str()` of it."""
         return self._started.compiled.explain()
+
+    def check(self, num_sizes: int = 8) -> tuple[SizeCheck, ...]:
+        """Compares the compiled model with eager and with fp64 at `num_sizes` batch sizes; `explain` shows it too.
+
+        Errors: ConfigError for a model that isn't compiled.
+        """
+        with self._generating:
+            return self.engine.check(num_sizes)
 
     def summary(self) -> str:
         """A few lines on what was started: model, KV cache, cold or warm, compile cache, what is on and

@@ -8,7 +8,7 @@ from torch.export import Dim
 
 from onegraph import LLM, SamplingParams
 from onegraph.counters import counters
-from onegraph.errors import StateChangedError
+from onegraph.errors import ConfigError, StateChangedError
 from onegraph.models.flat_model import FlatModel
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -61,3 +61,19 @@ def test_changed_state_is_an_error_where_that_is_asked_for(model_folder: Path) -
         generated(compiled)
     layer.self_attn.scaling = scaling
     assert generated(compiled) == before
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_model_is_checked_at_batch_sizes(model_folder: Path, backend: str) -> None:
+    compiled = started(model_folder, compilation_config={"backend": backend}, max_num_batched_tokens=64)
+    before = generated(compiled)
+    checks = compiled.check(6)
+    assert [check.num_tokens for check in checks][:2] == [1, 2] and checks[-1].num_tokens == 64
+    assert all(check.ok for check in checks), [check.found for check in checks]
+    assert compiled.explain().to_dict()["check"][0]["ok"] is True
+    assert generated(compiled) == before
+
+
+def test_what_is_not_compiled_can_not_be_checked(llm: LLM) -> None:
+    with pytest.raises(ConfigError, match="nothing is compiled"):
+        llm.check()

@@ -21,6 +21,12 @@ def main(words: list[str]) -> int:
         epilog=EXAMPLE,
     )
     add_model_flags(parser)
+    parser.add_argument(
+        "--check",
+        type=int,
+        metavar="N",
+        help="also compare compiled with eager and fp64 at N batch sizes; exit code 1 if a size is wrong",
+    )
     parser.add_argument("--json", action="store_true", help="print facts as JSON")
     parser.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
     options = parser.parse_known_words(rest)
@@ -28,6 +34,8 @@ def main(words: list[str]) -> int:
 
     from onegraph import LLM
 
-    explanation = LLM(**llm_arguments(config)).explain()
+    llm = LLM(**llm_arguments(config))
+    checks = llm.check(options.check) if options.check is not None else ()
+    explanation = llm.explain()
     print(json.dumps(explanation.to_dict(), indent=1) if options.json else str(explanation))
-    return 0
+    return 0 if all(check.ok for check in checks) else 1

@@ -25,6 +25,7 @@ from onegraph.engine.stopping import Stop, StopStrings, stop_by_token
 from onegraph.engine.text import Text
 from onegraph.errors import ConfigError
 from onegraph.log import get_logger
+from onegraph.numerics.oracle import SizeCheck
 
 log = get_logger(__name__)
 
@@ -112,6 +113,18 @@ class Engine:
     def warm_up(self, num_tokens: int) -> None:
         """Compiles or loads the model before the first request."""
         self._runner.warm_up(num_tokens)
+
+    def check(self, num_sizes: int) -> tuple[SizeCheck, ...]:
+        """The compiled model against eager and fp64 at `num_sizes` batch sizes; forgets the prefix cache.
+
+        Raises ConfigError while requests are running, and for a model that isn't compiled.
+        """
+        if self._requests:
+            raise ConfigError("requests are running, and the check would write over their KV cache")
+        try:
+            return self._runner.check(num_sizes)
+        finally:
+            self.reset()
 
     def has_unfinished(self) -> bool:
         """True while a step would do something."""

@@ -5,6 +5,7 @@ Keeps: the KV cache tensors and the input buffers, made once, in inference mode 
 `T` tokens of the batch, `R` sequences, `B` blocks of the longest, `S` rows with logits, `V` vocabulary.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,8 +18,11 @@ from onegraph.engine.block_tables import BlockTables
 from onegraph.engine.kv_cache import KVCaches
 from onegraph.engine.request import Sequence
 from onegraph.engine.scheduler import Batch
-from onegraph.errors import ShapeOutOfRangeError
+from onegraph.errors import ConfigError, ShapeOutOfRangeError
+from onegraph.explanation import Explanation
 from onegraph.log import get_logger
+from onegraph.numerics.oracle import SizeCheck
+from onegraph.size_check import sizes_to_check
 
 log = get_logger(__name__)
 
@@ -31,6 +35,14 @@ class Model(Protocol):
 
     def warm_up(self, example_kwargs: dict[str, Any], /) -> Any:
         """Compiles or loads."""
+
+    def check_calls(
+        self, calls: Iterable[tuple[int, dict[str, Any]]], shared: Mapping[str, Any]
+    ) -> tuple[SizeCheck, ...]:
+        """Compares with eager and fp64."""
+
+    def explain(self) -> Explanation:
+        """How it was compiled."""
 
     def check_state(self) -> None:
         """Compares captured Python state with the module's now."""
@@ -123,6 +135,39 @@ class Runner:
             )
         return StepLogits(logits, sequences, rows, prompts)
 
+    def check(self, num_sizes: int) -> tuple[SizeCheck, ...]:
+        """The model against eager and fp64 at `num_sizes` sizes of a batch (see `sizes_to_check`).
+
+        Writes into the KV cache, so no sequence may be running. Raises ConfigError for a model that isn't compiled.
+        """
+        explained = self._model.explain()
+        dim = next((dim for dim in explained.dims if "input_ids[0]" in dim.inputs), None)
+        if dim is None:
+            raise ConfigError("nothing is compiled, so there is nothing to check", hint="leave --enforce-eager out")
+        most = min(len(self._kv_caches[0][0]), self._tables.array.size) * self._block_size
+        sizes = [size for size in sizes_to_check(dim, explained.ledger.shapes, num_sizes) if size <= most]
+        with torch.inference_mode():
+            return self._model.check_calls(((size, self._prompts(size)) for size in sizes), self._shared)
+
+    def _prompts(self, num_tokens: int) -> dict[str, Any]:
+        """A batch of so many new tokens: as few prompts as can hold them, each with blocks of its own."""
+        longest = self._tables.array.shape[1] * self._block_size
+        lengths = np.array([min(longest, num_tokens - start) for start in range(0, num_tokens, longest)])
+        ends = np.cumsum(lengths)
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        blocks_each = -(-int(lengths.max()) // self._block_size)
+        tables = np.arange(len(lengths) * blocks_each).reshape(len(lengths), blocks_each)
+        blocks = tables[np.repeat(np.arange(len(lengths)), lengths), positions // self._block_size]
+        return self._arrays(
+            input_ids=positions % 97 + 1,
+            positions=positions,
+            slot_mapping=blocks * self._block_size + positions % self._block_size,
+            query_start_loc=np.concatenate(([0], ends)),
+            seq_lens=lengths,
+            block_tables=tables,
+            logits_indices=ends - 1,
+        )
+
     def check_state(self) -> None:
         """Has the model compare its captured state; the next batch captures anew if that has changed."""
         with torch.inference_mode():  # as in a batch: the grad mode is a part of the state
@@ -139,9 +184,15 @@ class Runner:
 
     def _inputs(self, **arrays: "np.ndarray[Any, Any]") -> dict[str, Any]:
         """The forward's keyword arguments: views of the buffers, filled with these arrays."""
-        inputs: dict[str, Any] = {name: getattr(self, f"_{name}").fill(a) for name, a in arrays.items()}
-        inputs["kv_caches"] = self._kv_caches
-        return inputs
+        return {**self._arrays(**arrays), **self._shared}
+
+    def _arrays(self, **arrays: "np.ndarray[Any, Any]") -> dict[str, Any]:
+        return {name: getattr(self, f"_{name}").fill(array) for name, array in arrays.items()}
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        """The arguments that are the same for every batch."""
+        return {"kv_caches": self._kv_caches}
 
 
 class _Buffer:
