@@ -12,17 +12,40 @@ from onegraph.numerics.oracle import SizeCheck
 
 
 @dataclass(frozen=True)
-class PieceExplanation:
-    """One piece: which backend runs it, and for its range whether the store had it, with the reason."""
+class RangeExplanation:
+    """One region's artifact: the sizes of the first dim, and whether the store had it, with the reason.
 
-    index: int
-    kind: str
-    backend: str
+    `predicate` is the condition on sizes for which it runs, where there is more than one region.
+    """
+
+    min: int | None
+    max: int | None
+    predicate: str | None
     key: str | None
     store: str
     why: str
     seconds: float
-    ranges: tuple[tuple[int | None, int | None], ...] = ((None, None),)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "min": self.min,
+            "max": self.max,
+            "predicate": self.predicate,
+            "key": self.key,
+            "store": self.store,
+            "why": self.why,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@dataclass(frozen=True)
+class PieceExplanation:
+    """One piece: which backend runs it, and its artifact for each range."""
+
+    index: int
+    kind: str
+    backend: str
+    ranges: tuple[RangeExplanation, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -32,17 +55,7 @@ class PieceExplanation:
             "differs_from": None,
             "module_path": "",
             "backend": self.backend,
-            "ranges": [
-                {
-                    "min": lower,
-                    "max": upper,
-                    "key": self.key,
-                    "store": self.store,
-                    "why": self.why,
-                    "seconds": round(self.seconds, 3),
-                }
-                for lower, upper in self.ranges
-            ],
+            "ranges": [one.to_dict() for one in self.ranges],
             "passes": {},
         }
 
@@ -69,7 +82,7 @@ class Explanation:
         compiled = [piece for piece in self.pieces if piece.backend == "inductor"]
         if not compiled:
             return "eager"
-        return "warm" if all(piece.store == "hit" for piece in compiled) else "cold"
+        return "warm" if all(one.store == "hit" for piece in compiled for one in piece.ranges) else "cold"
 
     @property
     def _state_checked(self) -> str:
@@ -98,7 +111,9 @@ class Explanation:
         for dim in self.dims:
             lines.append(f"dim      {dim.name} = {dim.min}..{dim.max}  ({', '.join(dim.inputs)})")
         for piece in self.pieces:
-            lines.append(f"piece {piece.index}  {piece.backend}, store {piece.store}: {piece.why}")
+            for one in piece.ranges:
+                region = f" where {one.predicate}" if one.predicate else ""
+                lines.append(f"piece {piece.index}  {piece.backend}{region}, store {one.store}: {one.why}")
         if self.pieces:
             proven = sum(entry.effect == "proven" for entry in self.ledger.shapes)
             lines.append(

@@ -7,19 +7,27 @@ all stages as one Explanation.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from onegraph.binding import bind_weights
+from onegraph.binding import BoundWeights, bind_weights
 from onegraph.capture.capture import capture
-from onegraph.capture.constraints import judge, refuse_narrowing
-from onegraph.capture.custom_ops import checked_at_first_call, custom_ops
+from onegraph.capture.constraints import (
+    ConstraintReport,
+    judge,
+    judge_region,
+    refuse_narrowing,
+    region_predicate,
+)
+from onegraph.capture.custom_ops import CustomOp, checked_at_first_call, custom_ops
+from onegraph.capture.regions import MAX_REGIONS, UNBACKED, Sizing, covered_range, next_sizes
 from onegraph.capture.state_check import changed_entries, state_check
 from onegraph.compiled import Built
 from onegraph.config.resolve import ResolvedConfig
-from onegraph.explanation import Explanation, PieceExplanation
+from onegraph.errors import ConstraintError
+from onegraph.explanation import Explanation, PieceExplanation, RangeExplanation
 from onegraph.ir.artifact import CompiledPiece
 from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.ledger import CheckedWhen, Ledger, ShapeEntry
@@ -56,6 +64,11 @@ class Stages:
         if self.observer is not None:
             self.observer(name, seconds)
 
+    def totals(self) -> tuple[tuple[str, float], ...]:
+        """Each stage once, with its seconds over all regions."""
+        names = dict.fromkeys(name for name, _ in self.done)
+        return tuple((name, sum(seconds for done, seconds in self.done if done == name)) for name in names)
+
 
 def build(
     module: Any,
@@ -79,87 +92,164 @@ def build(
     stages = Stages(observer)
     with dynamo.compile_scope("onegraph"):
         trace_json("config", config.to_dict)
-        with stages.stage("capture"):
-            captured = capture(
-                module,
-                args,
-                kwargs,
-                dynamic_shapes=dynamic_shapes,
-                max_size=config.max_num_tokens,
-                required_alignment=target.required_alignment,
-            )
-        trace_text("captured_graph", lambda: captured.graph_module.print_readable(print_output=False))
-        trace_json("ledger", captured.ledger.to_dict)
 
-        with stages.stage("split"):
-            split = split_graph(captured)
+        def specialise(sizing: Sizing) -> Specialised:
+            with stages.stage("capture"):
+                captured = capture(
+                    module,
+                    args,
+                    kwargs,
+                    dynamic_shapes=dynamic_shapes,
+                    max_size=config.max_num_tokens,
+                    required_alignment=target.required_alignment,
+                    sizing=sizing,
+                    split=config.on_constraint == "split",
+                )
+            return _specialise(captured, sizing, config, target, store, stages)
 
-        def check_sizes(conditions: list[shapes.RawCondition]) -> tuple[ShapeEntry, ...]:
-            known = {entry.expr for entry in captured.ledger.shapes}
-            found = judge(conditions, captured.dims, captured.symbols, "compile")
-            refuse_narrowing(found, captured.dims)
-            return tuple(entry for entry in found if entry.expr not in known)
-
-        with stages.stage("compile or load"):
-            region = general_region(captured.dims)
-            compiler = PieceCompiler(config, target, store, check_sizes)
-            compiled = [compiler.compile(piece, region) for piece in split.pieces]
-
-        with stages.stage("bind"):
-            foreign = custom_ops(captured.graph_module)
-            call = checked_at_first_call(compiled[0].call, captured.graph_module, foreign)
-            weights = bind_weights(call, captured, compiled[0].mutates_inputs)
-            entry = captured.bind_entry(captured.make_callable(weights.run))
-
+        made = _cover(specialise, config)
         checked: CheckedWhen = "never" if config.freeze else state_checked
-        explanation = replace(_explain(name, config, stages, captured, compiled, region, checked), custom_ops=foreign)
+        explanation = _explain(name, config, stages, made, checked)
         trace_json("explain", explanation.to_dict)
+    entry = made[0].captured.bind_entry([(one.region.predicate, one.call) for one in made])
     if config.freeze:
         return Built(entry, explanation)
+    state = tuple(read for one in made for read in one.captured.state)
     return Built(
         entry,
         explanation,
-        holds=state_check(captured.state, weights.fit),
-        changes=lambda: changed_entries(captured.state) + weights.changes(),
+        holds=state_check(state, lambda: all(one.weights.fit() for one in made)),
+        changes=lambda: changed_entries(state) + tuple(change for one in made for change in one.weights.changes()),
+    )
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """What was made for one region: `call` takes the module's arguments, whose sizes the region must have."""
+
+    captured: CapturedGraph
+    region: Region
+    piece: CompiledPiece
+    weights: BoundWeights
+    custom_ops: tuple[CustomOp, ...]
+    call: Callable[..., Any]
+
+
+def _specialise(
+    captured: CapturedGraph,
+    sizing: Sizing,
+    config: ResolvedConfig,
+    target: Target,
+    store: Store | None,
+    stages: Stages,
+) -> Specialised:
+    """The stages after capture, for one region."""
+    trace_text("captured_graph", lambda: captured.graph_module.print_readable(print_output=False))
+    trace_json("ledger", captured.ledger.to_dict)
+    region = general_region(captured.dims)
+    if sizing.mode != "unbacked":
+        hints = tuple((dim.name, sizing.size(dim, index)) for index, dim in enumerate(captured.dims))
+        region = replace(region, hints=hints, predicate=region_predicate(captured.ledger.shapes, captured.fixed))
+
+    with stages.stage("split"):
+        split = split_graph(captured)
+
+    def check_sizes(conditions: list[shapes.RawCondition]) -> tuple[ShapeEntry, ...]:
+        known = {entry.expr for entry in captured.ledger.shapes}
+        if sizing.mode == "unbacked":
+            found = judge(conditions, captured.dims, captured.symbols, "compile")
+            refuse_narrowing(found, captured.dims)
+        else:
+            may_split = config.on_constraint == "split"
+            found = judge_region(conditions, captured.dims, captured.symbols, "compile", may_split)
+        return tuple(entry for entry in found if entry.expr not in known)
+
+    with stages.stage("compile or load"):
+        compiler = PieceCompiler(config, target, store, check_sizes)
+        (piece,) = (compiler.compile(piece, region) for piece in split.pieces)
+
+    with stages.stage("bind"):
+        foreign = custom_ops(captured.graph_module)
+        call = checked_at_first_call(piece.call, captured.graph_module, foreign)
+        weights = bind_weights(call, captured, piece.mutates_inputs)
+    if sizing.mode != "unbacked":
+        relied_on = captured.ledger.shapes + piece.constraints
+        region = replace(region, predicate=region_predicate(relied_on, captured.fixed))
+    return Specialised(captured, region, piece, weights, foreign, captured.make_callable(weights.run))
+
+
+def _cover(specialise: Callable[[Sizing], Specialised], config: ResolvedConfig) -> list[Specialised]:
+    """One region for all sizes; with backed sizes, or where a constraint may split the range, as many as it needs.
+
+    Raises ConstraintError for a range that more than MAX_REGIONS don't cover.
+    """
+    mode = config.dynamic_shapes
+    if mode == "unbacked":
+        try:
+            return [specialise(UNBACKED)]
+        except ConstraintError:
+            if config.on_constraint != "split":
+                raise
+        mode = "backed"
+    made: list[Specialised] = []
+    sizes: tuple[tuple[str, int], ...] | None = ()
+    while sizes is not None:
+        if len(made) == MAX_REGIONS:
+            _refuse_more_regions(made, sizes)
+        made.append(specialise(Sizing(mode, sizes)))
+        predicates = [one.region.predicate or "True" for one in made]
+        sizes = next_sizes(made[0].captured.dims, predicates)
+    return made
+
+
+def _refuse_more_regions(made: list[Specialised], sizes: tuple[tuple[str, int], ...]) -> None:
+    entries = tuple(entry for one in made for entry in one.captured.ledger.shapes if entry.effect == "split")
+    unique = tuple({entry.expr: entry for entry in entries}.values())
+    left = ", ".join(f"{name} = {size}" for name, size in sizes)
+    raise ConstraintReport(unique, made[0].captured.dims, either=True, can_split=False).error(
+        f"the model's conditions split the range into more than {MAX_REGIONS} regions ({left} is in none of them)"
     )
 
 
 def _explain(
-    name: str,
-    config: ResolvedConfig,
-    stages: Stages,
-    captured: CapturedGraph,
-    compiled: list[CompiledPiece],
-    region: Region,
-    state_checked: CheckedWhen,
+    name: str, config: ResolvedConfig, stages: Stages, made: list[Specialised], state_checked: CheckedWhen
 ) -> Explanation:
-    shapes_found = captured.ledger.shapes + tuple(entry for piece in compiled for entry in piece.constraints)
-    ranges = tuple((lower, upper) for _, lower, upper in region.ranges) or ((None, None),)
+    first = made[0]
+    shapes_found = {entry.expr: entry for one in made for entry in one.captured.ledger.shapes + one.piece.constraints}
     return Explanation(
         model=name,
         config=config.to_dict(),
-        stages=tuple(stages.done),
-        dims=captured.dims,
+        stages=stages.totals(),
+        dims=first.captured.dims,
         ledger=replace(
-            captured.ledger,
-            shapes=shapes_found,
-            state=tuple(replace(entry, checked=state_checked) for entry in captured.ledger.state),
+            first.captured.ledger,
+            shapes=tuple(shapes_found.values()),
+            state=tuple(replace(entry, checked=state_checked) for entry in first.captured.ledger.state),
         ),
-        pieces=tuple(
+        pieces=(
             PieceExplanation(
-                index=index,
+                index=0,
                 kind="compiled",
-                backend=piece.backend,
-                key=piece.key,
-                store=piece.store,
-                why=piece.why,
-                seconds=piece.seconds,
-                ranges=ranges[:1],
-            )
-            for index, piece in enumerate(compiled)
+                backend=first.piece.backend,
+                ranges=tuple(_range(one, len(made) > 1) for one in made),
+            ),
         ),
-        num_ops=captured.num_ops,
+        num_ops=first.captured.num_ops,
+        custom_ops=tuple(op for one in made for op in one.custom_ops),
         notes=config.downgrades,
+    )
+
+
+def _range(one: Specialised, several: bool) -> RangeExplanation:
+    lower, upper = covered_range(one.captured.dims, one.region.predicate or "True")
+    return RangeExplanation(
+        min=lower,
+        max=upper,
+        predicate=one.region.predicate if several else None,
+        key=one.piece.key,
+        store=one.piece.store,
+        why=one.piece.why,
+        seconds=one.piece.seconds,
     )
 
 

@@ -652,6 +652,11 @@ OPTIONS: tuple[dict[str, str], ...] = (
     {},
     {},
     {"on_state_change": "error"},
+    {"on_constraint": "split"},
+    {"dynamic_shapes": "backed"},
+    {"dynamic_shapes": "backed", "on_constraint": "split"},
+    {"dynamic_shapes": "backed_size_oblivious"},
+    {"dynamic_shapes": "backed_size_oblivious", "on_state_change": "error"},
 )
 """Fields of CompilationConfig that a case draws one of."""
 

@@ -174,7 +174,13 @@ def test_a_branch_on_a_size_is_told_with_its_condition_and_the_ways_out() -> Non
     assert [entry.expr for entry in error.constraints] == ["rows > 64"]
     assert error.constraints[0].effect == "narrows"
     assert error.where.startswith(line_of(branch, "if "))
-    for way in ("no branch", "torch.where(", "@onegraph.opaque", 'Dim("rows", min=65, max=4096)'):
+    for way in (
+        "no branch",
+        "torch.where(",
+        "@onegraph.opaque",
+        'on_constraint="split"',
+        'Dim("rows", min=65, max=4096)',
+    ):
         assert way in error.hint
     assert "One graph serves every size" in str(error)
 

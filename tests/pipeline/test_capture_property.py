@@ -458,7 +458,7 @@ def test_a_build_without_the_input_contract_is_caught(tmp_path: Path) -> None:
     original = onegraph.capture.capture.input_contract
 
     def unchecked(*args: Any, **kwargs: Any) -> Contract:
-        return dataclasses.replace(original(*args, **kwargs), bind=lambda call: call)
+        return dataclasses.replace(original(*args, **kwargs), bind=lambda calls: calls[0][1])
 
     caught(
         ["optional_argument"],

@@ -646,7 +646,7 @@ def test_a_piece_that_cant_be_stored_runs_in_this_process() -> None:
 
     compiled = onegraph.compile(model, config={"backend": "inductor"})
     assert torch.equal(compiled(*overlapping()), model(*overlapping()))
-    assert compiled.explain().pieces[0].store == "off"
+    assert compiled.explain().pieces[0].ranges[0].store == "off"
 
 
 def test_a_narrowed_dim_is_found_whatever_the_dims_are_called() -> None:

@@ -385,7 +385,7 @@ def test_with_inductor_an_opaque_branch_runs_at_every_size_and_is_stored() -> No
         for size in (1, 4, 5, 64):
             x = torch.randn(size, 4)
             torch.testing.assert_close(call(x), model(x))
-        stores.append(call.explain().pieces[0].store)
+        stores.append(call.explain().pieces[0].ranges[0].store)
         assert list(states(call).values()) == ["checked"]
     assert stores == ["miss", "hit"]
 

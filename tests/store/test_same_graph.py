@@ -14,7 +14,7 @@ import onegraph
 def compiled_once(model: Any, *args: Any) -> tuple[Any, str]:
     compiled = onegraph.compile(model, config={"backend": "inductor"})
     result = compiled(*args)
-    return result, compiled.explain().pieces[0].store
+    return result, compiled.explain().pieces[0].ranges[0].store
 
 
 @pytest.mark.usefixtures("fresh_cache")

@@ -50,7 +50,10 @@ ACCEPTED: list[tuple[str, Any]] = [
     ("cudagraph_debug", False),
     ("on_memory_change", "error"),
     ("dynamic_shapes", "unbacked"),
+    ("dynamic_shapes", "backed"),
+    ("dynamic_shapes", "backed_size_oblivious"),
     ("on_constraint", "error"),
+    ("on_constraint", "split"),
     ("on_state_change", "recapture"),
     ("on_state_change", "error"),
     ("freeze", False),
@@ -76,9 +79,6 @@ REFUSED: list[tuple[str, Any]] = [
     ("cudagraph_lazy", True),
     ("cudagraph_debug", True),
     ("on_memory_change", "rerecord"),
-    ("dynamic_shapes", "backed"),
-    ("dynamic_shapes", "backed_size_oblivious"),
-    ("on_constraint", "split"),
     ("compile_cache_save_format", "unpacked"),
 ]
 UNCOMPILED = {"dynamo_compiles": 0, "graphs_captured": 0, "aot_compiles": 0, "inductor_compiles": 0, "gxx_runs": 0}

@@ -38,6 +38,7 @@ def test_codes_are_stable_and_differ() -> None:
         "CaptureError": "OG-CAPTURE",
         "CustomOpError": "OG-CUSTOM-OP",
         "ConstraintError": "OG-CONSTRAINT",
+        "StateChangedError": "OG-STATE",
         "CompileError": "OG-COMPILE",
         "ArtifactError": "OG-ARTIFACT",
         "RecordingError": "OG-RECORDING",

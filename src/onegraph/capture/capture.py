@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from onegraph.capture.constraints import judge, refuse_narrowing
+from onegraph.capture.constraints import judge, judge_region, refuse_narrowing
 from onegraph.capture.contract import input_contract
 from onegraph.capture.failures import capture_error, refuse_host_reads
 from onegraph.capture.inputs import CallInputs, read_call
+from onegraph.capture.regions import UNBACKED, Sizing
 from onegraph.capture.state import reads_grad_mode, state_reads
 from onegraph.capture.weights import lift_weights
 from onegraph.counters import counters
@@ -35,8 +36,13 @@ def capture(
     dynamic_shapes: Any,
     max_size: int,
     required_alignment: Callable[[int], int],
+    sizing: Sizing = UNBACKED,
+    split: bool = False,
 ) -> CapturedGraph:
     """Traces the call; must run inside `torch_compat.dynamo.compile_scope`. The module isn't run.
+
+    With backed sizes in `sizing` the graph is for those sizes for which the trace would go the same way: ledger
+    entries with the effect `split`. Without `split` that may be all but 0 and 1.
 
     Raises ConfigError (the call and the declared dims don't fit), CaptureError (a graph break, with the user's
     line and torch's hint), ConstraintError (the model needs more than was declared).
@@ -50,14 +56,15 @@ def capture(
             where=f"forward{signature}",
             hint="remove the hooks, or compile module.forward, which runs without them",
         )
-    inputs = read_call(signature, args, kwargs, dynamic_shapes, max_size, by_keyword=hooked)
+    inputs = read_call(signature, args, kwargs, dynamic_shapes, max_size, by_keyword=hooked, sizing=sizing)
     counters.add("dynamo_compiles")
+    trace = functools.partial(dynamo.capture, size_oblivious=sizing.mode == "backed_size_oblivious")
     try:
         with torch.no_grad():
-            raw = dynamo.capture(module, inputs.args, inputs.kwargs)
+            raw = trace(module, inputs.args, inputs.kwargs)
         if torch.is_grad_enabled() and reads_grad_mode(raw.guards):  # its answer must be the caller's
-            raw = dynamo.capture(module, inputs.args, inputs.kwargs)
-        raw = _with_counters_as_inputs(raw, module, inputs)
+            raw = trace(module, inputs.args, inputs.kwargs)
+        raw = _with_counters_as_inputs(raw, module, inputs, trace)
     except dynamo.CAPTURE_EXCEPTIONS as error:
         raise capture_error(error, module, inputs) from error
     refuse_host_reads(raw.graph_module)
@@ -75,17 +82,19 @@ def capture(
             hint="keep it in a tensor (register_buffer), pass it as an argument, or change it outside of forward",
         )
     counters.add("graphs_captured")
-    return _captured_graph(raw, inputs, function, owner, required_alignment)
+    return _captured_graph(raw, inputs, function, owner, required_alignment, sizing, split)
 
 
-def _with_counters_as_inputs(raw: dynamo.RawCapture, module: Any, inputs: CallInputs) -> dynamo.RawCapture:
+def _with_counters_as_inputs(
+    raw: dynamo.RawCapture, module: Any, inputs: CallInputs, trace: Callable[..., dynamo.RawCapture]
+) -> dynamo.RawCapture:
     """Traced once more with the ints that the module changes as inputs of the graph: `self.calls += 1` counts on."""
     sources = tuple(source for state in raw.changed_state for source in state.sources)
     if not sources or not all(state.sources for state in raw.changed_state):
         return raw
     try:
         with torch.no_grad():
-            again = dynamo.capture(module, inputs.args, inputs.kwargs, unbacked=sources)
+            again = trace(module, inputs.args, inputs.kwargs, unbacked=sources)
     except dynamo.CAPTURE_EXCEPTIONS:  # it decides on the counter: the first trace tells what is wrong
         return raw
     return raw if again.changed_state else again
@@ -115,14 +124,20 @@ def _captured_graph(
     function: Any,
     owner: Any,
     required_alignment: Callable[[int], int],
+    sizing: Sizing,
+    split: bool,
 ) -> CapturedGraph:
     graph_module, weights = lift_weights(raw.graph_module, function, owner)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     fake_inputs = tuple(node.meta["example_value"] for node in placeholders)
     fakes = dict(zip(raw.sources, fake_inputs[len(weights) :], strict=True))
     symbols = _symbols(inputs, fakes)
-    found = judge([*raw.asserted, *shapes.conditions(raw.fake_mode.shape_env)], inputs.dims, symbols, "capture")
-    refuse_narrowing(found, inputs.dims)
+    conditions = [*raw.asserted, *shapes.conditions(raw.fake_mode.shape_env)]
+    if sizing.mode == "unbacked":
+        found = judge(conditions, inputs.dims, symbols, "capture")
+        refuse_narrowing(found, inputs.dims)
+    else:
+        found = judge_region(conditions, inputs.dims, symbols, "capture", split)
     _refuse_hidden_tensors(inputs, fakes)
     contract = input_contract(inputs, fakes, symbols, required_alignment)
     state = state_reads(
@@ -156,6 +171,11 @@ def _captured_graph(
         state=state,
         make_callable=make_callable,
         bind_entry=contract.bind,
+        fixed={
+            dim.name: sizing.size(dim, index)
+            for index, dim in enumerate(inputs.dims)
+            if sizing.mode != "unbacked" and dim.name not in symbols.values()
+        },
         num_ops=sum(node.op.startswith("call_") for node in graph_module.graph.nodes),
     )
 

@@ -10,7 +10,7 @@ import itertools
 import linecache
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -78,7 +78,7 @@ def holds_over(expr: Any, ranges: Mapping[Any, tuple[int, int]]) -> bool:
             bool(expr.xreplace(dict(zip(used, map(sympy.Integer, sizes), strict=True))))
             for sizes in itertools.product(*(range(ranges[s][0], ranges[s][1] + 1) for s in used))
         )
-    except TypeError:
+    except (TypeError, ZeroDivisionError):
         return False
 
 
@@ -118,6 +118,34 @@ def source_line(place: str | None) -> str | None:
     return line or None
 
 
+def judge_region(
+    conditions: Iterable[RawCondition],
+    dims: tuple[DynamicDim, ...],
+    symbols: Mapping[str, str],
+    stage: str,
+    split: bool,
+) -> tuple[ShapeEntry, ...]:
+    """As `judge`, for a trace at sample sizes: what cuts the range makes a region, with the effect `split`.
+
+    Without `split` a trace may tell 0 and 1 from other sizes, as torch does, and no more: ConstraintError.
+    """
+    given = list(conditions)
+    if not split:
+        from_two = tuple(replace(dim, min=max(dim.min, min(dim.max, 2))) for dim in dims)
+        refuse_narrowing(judge(given, from_two, symbols, stage), dims)
+    return tuple(
+        replace(entry, effect="split") if entry.effect == "narrows" else entry
+        for entry in judge(given, dims, symbols, stage)
+    )
+
+
+def region_predicate(entries: Iterable[ShapeEntry], fixed: Mapping[str, int]) -> str | None:
+    """The condition of a region in the dims' names: what its trace relies on, and the sizes that are constants."""
+    parts = [f"{name} == {size}" for name, size in fixed.items()]
+    parts += [f"({entry.expr})" for entry in entries if entry.effect == "split"]
+    return " and ".join(dict.fromkeys(parts)) or None
+
+
 def refuse_narrowing(entries: Iterable[ShapeEntry], dims: tuple[DynamicDim, ...]) -> None:
     """Raises ConstraintError if an entry narrows the declared range; it holds all such entries."""
     narrowing = tuple(entry for entry in entries if entry.effect == "narrows")
@@ -136,6 +164,8 @@ class ConstraintReport:
     dims: tuple[DynamicDim, ...]
     either: bool = False
     """Whether the module works for both answers of the condition, each with a graph of its own."""
+    can_split: bool = True
+    """Whether splitting hasn't been tried yet."""
 
     def error(self, summary: str) -> ConstraintError:
         """The error, which begins with `summary`."""
@@ -156,6 +186,8 @@ class ConstraintReport:
             "hide it: @onegraph.opaque on a function `def pick(x: torch.Tensor) -> torch.Tensor: ...` that holds "
             "the branch; it runs as it is"
         )
+        if self.can_split:
+            yield 'on_constraint="split" (-O.on_constraint=split): an artifact for each answer, at most 8'
         if (narrower := self._narrower(entry)) is not None:
             yield f"a narrower Dim, where the answer is the same everywhere: {narrower}"
 

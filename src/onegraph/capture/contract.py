@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import builtins
 import enum
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from onegraph.capture.inputs import CallInputs, Container, Leaf, out_of_range
+from onegraph.capture.regions import PREDICATE_FUNCTIONS, predicate_code
 from onegraph.capture.state_check import differs
-from onegraph.errors import CaptureError, ConfigError, InputContractError
+from onegraph.errors import CaptureError, ConfigError, ConstraintError, InputContractError
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import InputEntry
 from onegraph.torch_compat import shapes
@@ -48,11 +50,10 @@ class _Code:
 
 @dataclass(frozen=True)
 class Contract:
-    """`entries` for the ledger; `bind(call)` gives the checking entry in front of `call`."""
+    """`entries` for the ledger; `bind(calls)` gives the checking entry in front of the calls, each for a predicate."""
 
     entries: tuple[InputEntry, ...]
-    source: str
-    bind: Callable[[Callable[..., Any]], Callable[..., Any]]
+    bind: Callable[[Sequence[tuple[str | None, Callable[..., Any]]]], Callable[..., Any]]
 
 
 def input_contract(
@@ -85,12 +86,21 @@ def input_contract(
         else:
             _check_constant(code, leaf)
     parameters, call = _signature_code(inputs, code)
-    source = "\n".join([f"def entry({parameters}):", *code.lines, f"    return _call({call})"])
+    checks = "\n".join([f"def entry({parameters}):", *code.lines])
+    sizes = [code.sizes.get(dim.name) for dim in inputs.dims]
 
-    def bind(target: Callable[..., Any]) -> Callable[..., Any]:
+    def bind(calls: Sequence[tuple[str | None, Callable[..., Any]]]) -> Callable[..., Any]:
+        lines = []
+        for index, (predicate, _) in enumerate(calls):
+            condition = "" if predicate is None else f"if {predicate_code(predicate, inputs.dims, sizes)}: "
+            lines.append(f"    {condition}return _call{index}({call})")
+        lines.append(f"    _uncovered(({''.join(f'{size}, ' for size in sizes)}))")
+        source = "\n".join([checks, *lines])
         namespace = {
             **code.names,
-            "_call": target,
+            **{f"_call{index}": target for index, (_, target) in enumerate(calls)},
+            **PREDICATE_FUNCTIONS,
+            "_uncovered": functools.partial(_uncovered, inputs.dims),
             "_break": _break,
             "_differs": differs,
             "_outside": _outside,
@@ -106,7 +116,7 @@ def input_contract(
         entry: Callable[..., Any] = namespace["entry"]
         return entry
 
-    return Contract(tuple(code.entries), source, bind)
+    return Contract(tuple(code.entries), bind)
 
 
 def _check_container(code: _Code, container: Container) -> None:
@@ -264,6 +274,16 @@ def _break(entry: InputEntry, value: Any) -> None:
         where=f"argument {entry.path}",
         hint="declare sizes that change in dynamic_shapes, pass values that change as tensors, or compile once "
         "more for the other kind of call",
+    )
+
+
+def _uncovered(dims: tuple[DynamicDim, ...], sizes: tuple[int, ...]) -> None:
+    told = ", ".join(f"{dim.name} = {size}" for dim, size in zip(dims, sizes, strict=True))
+    raise ConstraintError(
+        f"no artifact is right for the sizes {told}: the range was split by the model's own conditions, and a size "
+        "like these wasn't among those that were tried",
+        where=told,
+        hint="compile once more for these sizes, or declare narrower Dims, all of whose sizes can be tried",
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.export import Dim
 
+from onegraph.capture.regions import UNBACKED, Sizing
 from onegraph.errors import ConfigError, ShapeOutOfRangeError, nearest
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.region import canonical_hint
@@ -72,8 +73,10 @@ def read_call(
     max_size: int,
     *,
     by_keyword: bool = False,
+    sizing: Sizing = UNBACKED,
 ) -> CallInputs:
     """Binds the call and marks its dynamic dims. `max_size` bounds a Dim that was declared without a max.
+    With backed sizes the example is replaced by memory of the sample's sizes.
 
     With `by_keyword` the traced function takes `**kwargs` alone (a module's `__call__`, where there are hooks)
     and every argument is handed to it by name.
@@ -84,7 +87,7 @@ def read_call(
     except TypeError as error:
         raise ConfigError(f"the call doesn't fit the module: {error}", where=f"forward{signature}") from error
     bound.apply_defaults()
-    walk = _Walk(max_size)
+    walk = _Walk(max_size, sizing)
     specs = _specs_by_name(dynamic_shapes, signature, bound)
     for name, value in bound.arguments.items():
         source = f"L['kwargs'][{name!r}]" if by_keyword else f"L[{name!r}]"
@@ -139,8 +142,9 @@ def _specs_by_name(dynamic_shapes: Any, signature: inspect.Signature, bound: ins
 class _Walk:
     """One pass over the arguments: rebuilds containers, aliases tensors, collects leaves."""
 
-    def __init__(self, max_size: int) -> None:
+    def __init__(self, max_size: int, sizing: Sizing) -> None:
         self.max_size = max_size
+        self.sizing = sizing
         self.leaves: list[Leaf] = []
         self.containers: list[Container] = []
         self.aliases: dict[int, torch.Tensor] = {}
@@ -213,6 +217,7 @@ class _Walk:
     def tensor(self, value: torch.Tensor, path: str, source: str, code: str, spec: Any) -> torch.Tensor:
         declared = self.tensor_dims(value, path, spec)
         alias = self.aliases.get(id(value))
+        is_new = alias is None
         if alias is None:
             alias = _canonical_alias(value) if type(value) in (torch.Tensor, torch.nn.Parameter) else value
             self.aliases[id(value)] = alias
@@ -225,11 +230,33 @@ class _Walk:
             size = value.shape[index]
             if not dim.min <= size <= dim.max:
                 raise out_of_range(dim, path, index, size)
-            dynamo.mark_dynamic_dim(
-                alias, index, name=dim.name, minimum=dim.min, maximum=dim.max, hint=canonical_hint(dim)
-            )
+        if declared and self.sizing.mode == "unbacked":
+            for index, dim in declared.items():
+                dynamo.mark_dynamic_dim(
+                    alias, index, name=dim.name, minimum=dim.min, maximum=dim.max, hint=canonical_hint(dim)
+                )
+        elif declared and is_new:
+            alias = self.aliases[id(value)] = self.sample(value, path, declared)
         self.leaves.append(Leaf(path, source, code, value, declared))
         return alias
+
+    def sample(self, value: torch.Tensor, path: str, declared: Mapping[int, DynamicDim]) -> torch.Tensor:
+        """Memory of the sample's sizes, with the layout of `value`; sizes 0 and 1 are static, as torch has them."""
+        if not value.is_contiguous():
+            raise ConfigError(
+                f"{path} isn't contiguous, and its sizes are traced at samples of the range",
+                where=f"argument {path}",
+                hint="pass it contiguous, or leave out dynamic_shapes and on_constraint of the config",
+            )
+        order = list(self.dims)
+        shape = list(value.shape)
+        for index, dim in declared.items():
+            shape[index] = self.sizing.size(dim, order.index(dim.name))
+        sample = torch.empty(shape, dtype=value.dtype, device=value.device)
+        for index, dim in declared.items():
+            if shape[index] > 1:
+                dynamo.mark_backed_dim(sample, index, minimum=max(dim.min, 2), maximum=dim.max)
+        return sample
 
     def tensor_dims(self, value: torch.Tensor, path: str, spec: Any) -> dict[int, DynamicDim]:
         declared: dict[int, DynamicDim] = {}

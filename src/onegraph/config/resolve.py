@@ -110,8 +110,6 @@ HONOURED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "cudagraph_lazy": ((False,), "this version makes no recordings"),
     "cudagraph_debug": ((False,), "this version makes no recordings"),
     "on_memory_change": ((), "this version makes no recordings"),
-    "dynamic_shapes": (("unbacked",), "this version traces sizes as unbacked only"),
-    "on_constraint": (("error",), "this version doesn't split a range by constraints"),
     "compile_cache_save_format": (("binary",), "this version keeps artifacts as binary only"),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,8 @@ class CapturedGraph:
     as placeholders, and returns a flat tuple. `fake_inputs` are their symbolic values, one for each
     placeholder, in `fake_mode`. `make_callable(run)` gives a function with the signature of the traced
     function (with its `self`) that calls `run(*inputs)` and then redoes the function's Python effects and
-    rebuilds its result; it has no Dynamo in it. `bind_entry(call)` puts the checks of the input contract in
-    front of such a function.
+    rebuilds its result; it has no Dynamo in it. `bind_entry(calls)` puts the checks of the input contract in
+    front of such functions, each with the predicate of the sizes that it is for, or None for all.
     """
 
     graph_module: torch.fx.GraphModule
@@ -49,5 +49,7 @@ class CapturedGraph:
     state: tuple[StateRead, ...]
     """How the ledger's entries of Python state are checked."""
     make_callable: Callable[[Callable[..., Any]], Callable[..., Any]]
-    bind_entry: Callable[[Callable[..., Any]], Callable[..., Any]]
+    bind_entry: Callable[[Sequence[tuple[str | None, Callable[..., Any]]]], Callable[..., Any]]
+    fixed: Mapping[str, int]
+    """Declared dims that this graph has as constants."""
     num_ops: int

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch._dynamo as dynamo
 import torch._dynamo.convert_frame as convert_frame
+import torch.fx.experimental._config as symbolic_config
 from torch._dynamo import decorators
 from torch._dynamo.exc import TorchDynamoException, Unsupported
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
@@ -84,6 +85,11 @@ def mark_dynamic_dim(tensor: torch.Tensor, dim: int, *, name: str, minimum: int,
         decorators.mark_unbacked(tensor, dim, shape_id=name, hint_override=hint)
 
 
+def mark_backed_dim(tensor: torch.Tensor, dim: int, *, minimum: int, maximum: int) -> None:
+    """Marks one dim of the tensor (the Python object is changed) as dynamic; the trace branches as its size does."""
+    decorators.mark_dynamic(tensor, dim, min=minimum, max=maximum)
+
+
 @contextlib.contextmanager
 def compile_scope(name: str) -> Iterator[None]:
     """One compile in torch's own books: a compile id, metrics and timings, for TORCH_TRACE and TORCH_LOGS."""
@@ -96,12 +102,19 @@ def compile_scope(name: str) -> Iterator[None]:
         yield
 
 
-def capture(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], unbacked: tuple[str, ...] = ()) -> RawCapture:
+def capture(
+    function: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    unbacked: tuple[str, ...] = (),
+    size_oblivious: bool = False,
+) -> RawCapture:
     """Traces one call of a module, method or function into one graph; must run inside `compile_scope`.
 
     Method: `torch._dynamo.convert_frame.fullgraph_capture`, with parameters, buffers and free tensors installed
     on the graph instead of passed by the residual code. The ints at the sources `unbacked` (`L['self'].calls`) are
-    inputs of the graph instead of constants. Raises what Dynamo raises; see `explain_failure`.
+    inputs of the graph instead of constants. With `size_oblivious` backed sizes aren't told
+    from 0 and 1. Raises what Dynamo raises; see `explain_failure`.
     """
     patches = {
         "install_free_tensors": True,
@@ -121,6 +134,7 @@ def capture(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], unback
         warnings.catch_warnings(),
         dynamo.config.patch(known),
         torch.compiler.config.patch(compiler_patches),
+        symbolic_config.patch(backed_size_oblivious=size_oblivious),
         asserted_while_tracing() as asserted,
     ):
         warnings.filterwarnings("ignore", "Dynamo does not know how to trace")  # the error that follows says it

@@ -30,25 +30,38 @@ def conditions(shape_env: Any) -> list[RawCondition]:
 
 @contextmanager
 def asserted_while_tracing() -> Iterator[list[RawCondition]]:
-    """Collects the conditions that tracing asserts, each with the line of the user's code that was being traced.
+    """Collects the conditions that tracing asserts or guards on, each with the user's line that was being traced.
 
     The shape environment keeps the conditions without that line.
     """
     found: list[RawCondition] = []
-    original = ShapeEnv.guard_or_defer_runtime_assert
+    original, evaluate = ShapeEnv.guard_or_defer_runtime_assert, ShapeEnv.evaluate_expr
 
     def noted(self: Any, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(orig_expr, "free_symbols", None):
-            frames = [f for f in TracingContext.extract_stack() if not is_torch_file(f.filename)]
-            if frames:
-                found.append(RawCondition(orig_expr, f"{frames[-1].filename}:{frames[-1].lineno}", None))
+            note([orig_expr])
         return original(self, orig_expr, *args, **kwargs)
 
+    def evaluated(self: Any, *args: Any, **kwargs: Any) -> Any:
+        known = len(self.guards)
+        result = evaluate(self, *args, **kwargs)
+        if len(self.guards) > known:
+            note([guard.expr for guard in self.guards[known:]])
+        return result
+
+    def note(expressions: list[Any]) -> None:
+        frames = [f for f in TracingContext.extract_stack() if not is_torch_file(f.filename)]
+        if frames:
+            place = f"{frames[-1].filename}:{frames[-1].lineno}"
+            found.extend(RawCondition(expression, place, None) for expression in expressions)
+
     ShapeEnv.guard_or_defer_runtime_assert = noted  # type: ignore[method-assign]
+    ShapeEnv.evaluate_expr = evaluated  # type: ignore[method-assign]
     try:
         yield found
     finally:
         ShapeEnv.guard_or_defer_runtime_assert = original  # type: ignore[method-assign]
+        ShapeEnv.evaluate_expr = evaluate  # type: ignore[method-assign]
 
 
 def _guards(shape_env: Any) -> Iterator[RawCondition]:

@@ -144,9 +144,6 @@ REFUSED: list[dict[str, Any]] = [
     {"cudagraph_lazy": True},
     {"cudagraph_debug": True},
     {"on_memory_change": "rerecord"},
-    {"dynamic_shapes": "backed"},
-    {"dynamic_shapes": "backed_size_oblivious"},
-    {"on_constraint": "split"},
     {"compile_cache_save_format": "unpacked"},
 ]
 
