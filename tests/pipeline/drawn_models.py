@@ -554,7 +554,7 @@ def python_effect(r: Random, ranges: tuple[int, int]) -> Part:
             ("self.calls_# = 0", "", "self.calls_# += 1", frozenset()),
             ("", "LOG_# = []", "LOG_#.append('called')", frozenset()),
             ("self.last_# = None", "", "self.last_# = n", NARROWS),
-            ("self.seen_# = {}", "", "self.seen_#['last'] = h", BREAKS),
+            ("self.seen_# = {}", "", "self.seen_#['last'] = h", BREAKS | {"StateChangedError"}),
             ("self.calls_# = 0", "", "self.calls_# += 1\nh = h + self.calls_#", BREAKS),
             ("", "COUNT_# = 0", "global COUNT_#\nCOUNT_# = 3", BREAKS),
         ]

@@ -131,7 +131,8 @@ def _captured_graph(
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     fake_inputs = tuple(node.meta["example_value"] for node in placeholders)
     fakes = dict(zip(raw.sources, fake_inputs[len(weights) :], strict=True))
-    symbols = _symbols(inputs, fakes)
+    seen = {**shapes.tracked_fakes(raw.fake_mode.shape_env), **fakes}
+    symbols = _symbols(inputs, seen)
     conditions = [*raw.asserted, *shapes.conditions(raw.fake_mode.shape_env)]
     if sizing.mode == "unbacked":
         found = judge(conditions, inputs.dims, symbols, "capture")
@@ -171,11 +172,7 @@ def _captured_graph(
         state=state,
         make_callable=make_callable,
         bind_entry=contract.bind,
-        fixed={
-            dim.name: sizing.size(dim, index)
-            for index, dim in enumerate(inputs.dims)
-            if sizing.mode != "unbacked" and dim.name not in symbols.values()
-        },
+        fixed=_fixed(inputs, seen),
         num_ops=sum(node.op.startswith("call_") for node in graph_module.graph.nodes),
     )
 
@@ -190,6 +187,16 @@ def _refuse_hidden_tensors(inputs: CallInputs, fakes: dict[str, Any]) -> None:
                 where=source,
                 hint="pass tensors as arguments, or in lists, tuples, dicts, named tuples or dataclasses",
             )
+
+
+def _fixed(inputs: CallInputs, fakes: dict[str, Any]) -> dict[str, int]:
+    """The declared dims that the trace has as constants: a sample's size of 0 or 1."""
+    found: dict[str, int] = {}
+    for leaf in inputs.leaves:
+        fake = fakes.get(leaf.source, fakes.get(leaf.indexed_source))
+        if isinstance(fake, torch.Tensor):
+            found |= {dim.name: size for i, dim in leaf.dims.items() if isinstance(size := fake.shape[i], int)}
+    return found
 
 
 def _symbols(inputs: CallInputs, fakes: dict[str, Any]) -> dict[str, str]:

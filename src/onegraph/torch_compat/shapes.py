@@ -122,6 +122,11 @@ def symbol_names(value: Any) -> set[str]:
     return set()
 
 
+def tracked_fakes(shape_env: Any) -> dict[str, Any]:
+    """Dynamo's source name -> fake of every tensor that the trace has looked at, also of those not in its graph."""
+    return {tracked.source.name: tracked.fake for tracked in shape_env.tracked_fakes or ()}
+
+
 def is_symbolic(value: Any) -> bool:
     """Whether the value is a size, float or bool that torch traces as a symbol."""
     return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
