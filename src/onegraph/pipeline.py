@@ -104,6 +104,7 @@ def build(
                     required_alignment=target.required_alignment,
                     sizing=sizing,
                     split=config.on_constraint == "split",
+                    state_is_checked=state_checked == "call" and not config.freeze,
                 )
             return _specialise(captured, sizing, config, target, store, stages)
 

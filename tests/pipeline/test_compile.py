@@ -713,9 +713,17 @@ class Collecting(Stateful):
 
 
 @pytest.mark.parametrize(("kind", "state"), [(Deciding, "'count'"), (Collecting, "'seen'")])
-def test_python_state_that_is_read_and_changed_is_refused(kind: Any, state: str) -> None:
-    with pytest.raises(CaptureError, match=f"reads and changes Python state.*{state}"):
-        onegraph.compile(kind(), config={"backend": "eager"})(torch.ones(2))
+def test_python_state_that_is_read_and_changed_is_kept_or_refused_where_nothing_compares_it(
+    kind: Any, state: str
+) -> None:
+    module, eager = kind(), kind()
+    compiled = onegraph.compile(module, config={"backend": "eager"})
+    for count in range(1, 12):
+        assert torch.equal(compiled(torch.ones(2)), eager(torch.ones(2)))
+        assert module.count == eager.count and len(module.seen) == len(eager.seen), count
+    for unchecked in ({"config": {"backend": "eager", "freeze": True}}, {"own_module": True}):
+        with pytest.raises(CaptureError, match=f"reads and changes Python state.*{state}"):
+            onegraph.compile(kind(), **{"config": {"backend": "eager"}, **unchecked})(torch.ones(2))
 
 
 def test_the_weights_of_a_compiled_model_can_be_freed() -> None:

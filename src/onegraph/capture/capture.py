@@ -38,11 +38,13 @@ def capture(
     required_alignment: Callable[[int], int],
     sizing: Sizing = UNBACKED,
     split: bool = False,
+    state_is_checked: bool = True,
 ) -> CapturedGraph:
     """Traces the call; must run inside `torch_compat.dynamo.compile_scope`. The module isn't run.
 
     With backed sizes in `sizing` the graph is for those sizes for which the trace would go the same way: ledger
-    entries with the effect `split`. Without `split` that may be all but 0 and 1.
+    entries with the effect `split`. Without `split` that may be all but 0 and 1. `state_is_checked` says that what
+    the trace read is compared before every call, so that a module may change it.
 
     Raises ConfigError (the call and the declared dims don't fit), CaptureError (a graph break, with the user's
     line and torch's hint), ConstraintError (the model needs more than was declared).
@@ -74,12 +76,13 @@ def capture(
             where=f"{function.__module__}.{function.__qualname__}",
             hint="keep such state in an attribute of the module, or outside of it",
         )
-    if raw.changed_state:
+    if raw.changed_state and not state_is_checked:
         changed = ", ".join(state.what for state in raw.changed_state)
         raise CaptureError(
-            f"the module reads and changes Python state when it is called: {changed}",
+            f"the module reads and changes Python state when it is called, and that isn't compared before each call: "
+            f"{changed}",
             where=f"{function.__module__}.{function.__qualname__}",
-            hint="keep it in a tensor (register_buffer), pass it as an argument, or change it outside of forward",
+            hint="keep it in a tensor (register_buffer), pass it as an argument, or leave out freeze and own_module",
         )
     counters.add("graphs_captured")
     return _captured_graph(raw, inputs, function, owner, required_alignment, sizing, split)
