@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from onegraph.capture.cache_writes import declare_cache_writes
 from onegraph.capture.constraints import judge, judge_region, refuse_narrowing
 from onegraph.capture.contract import input_contract
 from onegraph.capture.failures import capture_error, refuse_host_reads
@@ -131,6 +132,7 @@ def _captured_graph(
     split: bool,
 ) -> CapturedGraph:
     graph_module, weights = lift_weights(raw.graph_module, function, owner)
+    declare_cache_writes(graph_module)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     fake_inputs = tuple(node.meta["example_value"] for node in placeholders)
     fakes = dict(zip(raw.sources, fake_inputs[len(weights) :], strict=True))
