@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from onegraph.capture.inputs import read_call
 from onegraph.errors import ConfigError
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import ShapeEntry
 from onegraph.numerics.oracle import SizeCheck, check_call
+from onegraph.torch_compat import pytree
 
 
 def sizes_to_check(dim: DynamicDim, constraints: Iterable[ShapeEntry], num_sizes: int) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from onegraph.torch_compat import pytree
 
 FACTOR = 4.0
 """Compiled may be so many times as far from the truth as eager: another order of summation is within it."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from onegraph.numerics.compare import Comparison, compare, uninitialised
+from onegraph.torch_compat import pytree
 from onegraph.torch_compat.op_modes import FilledMemory, InFloat64
 
 _FILLS = (1.0, -3.0)

@@ -18,8 +18,8 @@ import torch
 import torch._dynamo as dynamo
 from torch._dynamo import symbolic_convert
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
+from onegraph.torch_compat import pytree
 from onegraph.torch_compat.shapes import is_torch_file
 
 _HOST_METHODS = {"item": ".item()", "tolist": ".tolist()", "cpu": ".cpu()"}

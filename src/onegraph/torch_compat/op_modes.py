@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from onegraph.torch_compat import pytree
 
 _WIDER = {
     torch.float16: torch.float64,
