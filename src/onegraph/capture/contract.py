@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import enum
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +23,16 @@ from onegraph.errors import CaptureError, ConfigError, ConstraintError, InputCon
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import InputEntry
 from onegraph.torch_compat import shapes
+from onegraph.torch_compat.tensor_checks import tensor_check
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _COMPARED = (enum.Enum, torch.Size, slice, range, frozenset, torch.layout, torch.memory_format)
+
+
+_GENERATED_NAMES = re.compile(
+    r"_[cns]\d+|_call\d+|_break|_differs|_outside|_uncovered|_grad_enabled|_no_gradients|_autocast_enabled"
+    r"|_autocast_dtype|_Tensor|_Parameter|_type|_list|_len|_isinstance"
+)
 
 
 @dataclass
@@ -35,14 +43,18 @@ class _Code:
     names: dict[str, Any] = field(default_factory=dict)
     entries: list[InputEntry] = field(default_factory=list)
     sizes: dict[str, str] = field(default_factory=dict)
+    untensored: list[str] = field(default_factory=list)
+    """The conditions of checks that aren't about one tensor alone: the fast path has them too."""
 
     def constant(self, value: Any) -> str:
         name = f"_c{len(self.names)}"
         self.names[name] = value
         return name
 
-    def check(self, condition: str, code: str, path: str, fact: str, expected: Any) -> None:
+    def check(self, condition: str, code: str, path: str, fact: str, expected: Any, *, of_tensor: bool = False) -> None:
         """Adds: when `condition` is true, the argument breaks the contract."""
+        if not of_tensor:
+            self.untensored.append(condition)
         entry = InputEntry(path, fact, str(expected))
         self.entries.append(entry)
         self.lines.append(f"    if {condition}: _break({self.constant(entry)}, {code})")
@@ -64,8 +76,12 @@ def input_contract(
 ) -> Contract:
     """Builds the contract. `fakes` are the graph's symbolic values by Dynamo's source name.
 
-    Raises CaptureError for an input whose strides follow a size in a way that can't be told in its dims.
+    Raises CaptureError for an input whose strides follow a size in a way that can't be told in its dims, and for an
+    argument whose name the generated checks use.
     """
+    for name in inputs.signature.parameters:
+        if _GENERATED_NAMES.fullmatch(name):
+            raise CaptureError(f"an argument is named {name!r}, as the checks of the call are", hint="rename it")
     code = _Code()
     for device in sorted({"cpu", *(x.value.device.type for x in inputs.leaves if isinstance(x.value, torch.Tensor))}):
         state = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
@@ -86,16 +102,17 @@ def input_contract(
         else:
             _check_constant(code, leaf)
     parameters, call = _signature_code(inputs, code)
-    checks = "\n".join([f"def entry({parameters}):", *code.lines])
+    fast = _fast_path(inputs, code, required_alignment)
     sizes = [code.sizes.get(dim.name) for dim in inputs.dims]
 
     def bind(calls: Sequence[tuple[str | None, Callable[..., Any]]]) -> Callable[..., Any]:
-        lines = []
+        chosen = []
         for index, (predicate, _) in enumerate(calls):
             condition = "" if predicate is None else f"if {predicate_code(predicate, inputs.dims, sizes)}: "
-            lines.append(f"    {condition}return _call{index}({call})")
-        lines.append(f"    _uncovered(({''.join(f'{size}, ' for size in sizes)}))")
-        source = "\n".join([checks, *lines])
+            chosen.append(f"    {condition}return _call{index}({call})")
+        quick = [] if fast is None else [f"    if {fast}:", *(f"    {line}" for line in chosen)]
+        refused = f"    _uncovered(({''.join(f'{size}, ' for size in sizes)}))"
+        source = "\n".join([f"def entry({parameters}):", *quick, *code.lines, *chosen, refused])
         namespace = {
             **code.names,
             **{f"_call{index}": target for index, (_, target) in enumerate(calls)},
@@ -117,6 +134,47 @@ def input_contract(
         return entry
 
     return Contract(tuple(code.entries), bind)
+
+
+def _fast_path(inputs: CallInputs, code: _Code, required_alignment: Callable[[int], int]) -> str | None:
+    """A condition that is true only for calls that keep the contract, with the tensors compared by one C++ call.
+
+    None where there is no such condition. A call that it refuses is judged by the checks, which say what is wrong;
+    so it may refuse too much, and never too little.
+    """
+    leaves = [leaf for leaf in inputs.leaves if isinstance(leaf.value, torch.Tensor)]
+    plain = (leaf.value.layout == torch.strided and not leaf.value.requires_grad for leaf in leaves)
+    if not leaves or not all(plain) or not all(leaf.value.is_contiguous() for leaf in leaves):
+        return None
+    sizes = [[None if i in leaf.dims else n for i, n in enumerate(leaf.value.shape)] for leaf in leaves]
+    strides = [_contiguous_strides(one) for one in sizes]
+    conditions = [f"not ({condition})" for condition in code.untensored]
+    check = code.constant(tensor_check([leaf.value for leaf in leaves], sizes, strides))
+    conditions.append(f"{check}({', '.join(leaf.code for leaf in leaves)})")
+    conditions += [f"{leaf.code}.is_contiguous()" for leaf, one in zip(leaves, strides, strict=True) if None in one]
+    seen: set[str] = set()
+    for leaf in leaves:
+        for index, dim in leaf.dims.items():
+            size, name = f"{leaf.code}.shape[{index}]", code.sizes[dim.name]
+            known = dim.name in seen
+            conditions.append(f"{size} == {name}" if known else f"{dim.min} <= ({name} := {size}) <= {dim.max}")
+            seen.add(dim.name)
+    aligned: dict[int, list[str]] = {}
+    for leaf in leaves:
+        if (alignment := required_alignment(leaf.value.element_size())) > 1:
+            aligned.setdefault(alignment, []).append(f"{leaf.code}.data_ptr()")
+    conditions += [f"not ({' | '.join(pointers)}) % {alignment}" for alignment, pointers in aligned.items()]
+    return " and ".join(conditions)
+
+
+def _contiguous_strides(sizes: list[int | None]) -> list[int | None]:
+    """The strides of a contiguous tensor; None for those that a dynamic size is a factor of."""
+    strides: list[int | None] = []
+    step: int | None = 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step = None if step is None or size is None else step * max(size, 1)
+    return strides[::-1]
 
 
 def _check_container(code: _Code, container: Container) -> None:
@@ -170,14 +228,20 @@ def _check_tensor(
 ) -> None:
     value, at, path = leaf.value, leaf.code, leaf.path
     if type(value) in (torch.Tensor, torch.nn.Parameter):
-        code.check(f"_type({at}) is not _Tensor and _type({at}) is not _Parameter", at, path, "type", "Tensor")
+        code.check(
+            f"_type({at}) is not _Tensor and _type({at}) is not _Parameter", at, path, "type", "Tensor", of_tensor=True
+        )
         lazy = f"({value.is_neg()}, {value.is_conj()})"
-        code.check(f"({at}.is_neg(), {at}.is_conj()) != {lazy}", at, path, "negative and conjugate bits", lazy)
+        code.check(
+            f"({at}.is_neg(), {at}.is_conj()) != {lazy}", at, path, "negative and conjugate bits", lazy, of_tensor=True
+        )
     else:
-        code.check(f"_type({at}) is not {code.constant(type(value))}", at, path, "type", type(value).__name__)
-    code.check(f"{at}.dtype is not {code.constant(value.dtype)}", at, path, "dtype", value.dtype)
-    code.check(f"{at}.device != {code.constant(value.device)}", at, path, "device", value.device)
-    code.check(f"{at}.dim() != {value.dim()}", at, path, "rank", value.dim())
+        code.check(
+            f"_type({at}) is not {code.constant(type(value))}", at, path, "type", type(value).__name__, of_tensor=True
+        )
+    code.check(f"{at}.dtype is not {code.constant(value.dtype)}", at, path, "dtype", value.dtype, of_tensor=True)
+    code.check(f"{at}.device != {code.constant(value.device)}", at, path, "device", value.device, of_tensor=True)
+    code.check(f"{at}.dim() != {value.dim()}", at, path, "rank", value.dim(), of_tensor=True)
     if value.dim():
         size = f"_s{len(code.lines)}"
         code.lines.append(f"    {size} = {at}.shape")
@@ -185,7 +249,7 @@ def _check_tensor(
             if index in leaf.dims:
                 _check_dim(code, leaf.dims[index], f"{size}[{index}]", at, path, index)
             else:
-                code.check(f"{size}[{index}] != {length}", at, path, f"size of dim {index}", length)
+                code.check(f"{size}[{index}] != {length}", at, path, f"size of dim {index}", length, of_tensor=True)
     if value.layout == torch.strided:
         _check_layout(code, leaf, fake, symbols, required_alignment)
     code.lines.append(f"    if {at}.requires_grad and _grad_enabled(): _no_gradients({path!r})")
@@ -200,7 +264,9 @@ def _check_dim(code: _Code, dim: DynamicDim, size: str, at: str, path: str, inde
             f"    if not {dim.min} <= {name} <= {dim.max}: _outside({code.constant(dim)}, {path!r}, {index}, {name})"
         )
     else:
-        code.check(f"{size} != {known}", at, path, f"size of dim {index}", f"{dim.name}, as in {dim.inputs[0]}")
+        code.check(
+            f"{size} != {known}", at, path, f"size of dim {index}", f"{dim.name}, as in {dim.inputs[0]}", of_tensor=True
+        )
 
 
 def _check_layout(
@@ -208,13 +274,13 @@ def _check_layout(
 ) -> None:
     value, at, path = leaf.value, leaf.code, leaf.path
     if value.is_contiguous():
-        code.check(f"not {at}.is_contiguous()", at, path, "strides", "contiguous")
+        code.check(f"not {at}.is_contiguous()", at, path, "strides", "contiguous", of_tensor=True)
     elif isinstance(fake, torch.Tensor):
         strides = ", ".join(_stride_code(step, code.sizes, symbols, leaf) for step in fake.stride())
-        code.check(f"{at}.stride() != ({strides},)", at, path, "strides", f"({strides})")
+        code.check(f"{at}.stride() != ({strides},)", at, path, "strides", f"({strides})", of_tensor=True)
     alignment = required_alignment(value.element_size())
     if alignment > 1:
-        code.check(f"{at}.data_ptr() % {alignment}", at, path, "alignment in bytes", alignment)
+        code.check(f"{at}.data_ptr() % {alignment}", at, path, "alignment in bytes", alignment, of_tensor=True)
 
 
 def _stride_code(step: Any, sizes: Mapping[str, str], symbols: Mapping[str, str], leaf: Leaf) -> str:
