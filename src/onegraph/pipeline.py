@@ -182,7 +182,7 @@ def _specialise(
 def _cover(specialise: Callable[[Sizing], Specialised], config: ResolvedConfig) -> list[Specialised]:
     """One region for all sizes; with backed sizes, or where a constraint may split the range, as many as it needs.
 
-    Raises ConstraintError for a range that more than MAX_REGIONS don't cover.
+    Raises ConstraintError for a range that MAX_REGIONS, and those of the sizes 0 and 1, don't cover.
     """
     mode = config.dynamic_shapes
     if mode == "unbacked":
@@ -194,9 +194,14 @@ def _cover(specialise: Callable[[Sizing], Specialised], config: ResolvedConfig) 
         mode = "backed"
     made: list[Specialised] = []
     sizes: tuple[tuple[str, int], ...] | None = ()
+    tried, num_regions = sizes, 0
     while sizes is not None:
-        if len(made) == MAX_REGIONS:
+        if all(size >= 2 for _, size in sizes) and num_regions == MAX_REGIONS:
             _refuse_more_regions(made, sizes)
+        if made and sizes == tried:
+            _refuse_more_regions(made, sizes)  # the trace at these sizes isn't right for them
+        tried = sizes
+        num_regions += all(size >= 2 for _, size in sizes)
         made.append(specialise(Sizing(mode, sizes)))
         predicates = [one.region.predicate or "True" for one in made]
         sizes = next_sizes(made[0].captured.dims, predicates)

@@ -445,7 +445,7 @@ def odd_tensor(r: Random, ranges: tuple[int, int]) -> Part:
         argument=f"{odd} if {when} else rand(n, 4)",
         dims="{0: N}",
         body="outs['q_#'] = q# * 2 + 1",
-        allowed=CONTRACT | {"ConfigError", "ShapeOutOfRangeError"},
+        allowed=CONTRACT | BREAKS | {"ConfigError", "ShapeOutOfRangeError"},
     )
 
 
@@ -552,7 +552,7 @@ def python_effect(r: Random, ranges: tuple[int, int]) -> Part:
     init, before, body, allowed = r.choice(
         [
             ("self.calls_# = 0", "", "self.calls_# += 1", frozenset()),
-            ("", "LOG_# = []", "LOG_#.append('called')", frozenset()),
+            ("", "LOG_# = []", "LOG_#.append('called')", frozenset({"StateChangedError"})),
             ("self.last_# = None", "", "self.last_# = n", NARROWS),
             ("self.seen_# = {}", "", "self.seen_#['last'] = h", BREAKS | {"StateChangedError"}),
             ("self.calls_# = 0", "", "self.calls_# += 1\nh = h + self.calls_#", BREAKS),

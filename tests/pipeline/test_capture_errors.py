@@ -273,3 +273,27 @@ def test_a_line_inside_a_transformers_model_is_told(mlp: type[LlamaMLP], kind: t
     )
     assert isinstance(error, kind)
     assert line_of(mlp.forward, "if x.shape" if kind is ConstraintError else "print(") in error.where
+
+
+COUNTED = {"calls": 0}
+NAMES: list[str] = []
+
+
+class ChangesGlobals(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        global SEEN
+        COUNTED["calls"] += 1
+        NAMES.append("name")
+        SEEN = True
+        print("first")
+        print("second")
+        return x * 2
+
+
+SEEN = False
+
+
+def test_looking_for_further_breaks_changes_no_globals() -> None:
+    error = refused(ChangesGlobals())
+    assert line_of(ChangesGlobals.forward, '"second"') in error.where
+    assert COUNTED == {"calls": 0} and NAMES == [] and SEEN is False

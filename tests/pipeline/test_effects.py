@@ -192,3 +192,20 @@ def test_effects_of_a_transformers_model(backend: str) -> None:
             torch.manual_seed(size)
             torch.testing.assert_close(call(ids), expected)
         assert module.calls == eager.calls and module.seen.item() == eager.seen.item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("p", "training"), [(0.5, False), (1.0, True), (1.0, False), (0.0, True)])
+def test_dropout_that_decides_nothing_is_as_eager_s(p: float, training: bool, backend: str) -> None:
+    def model(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return nn.functional.dropout(x, p, training=training), torch.rand(2)
+
+    call = started(model, backend)
+    for size in (2, 5):
+        x = torch.randn(size, 4)
+        torch.manual_seed(0)
+        kept, drawn = call(x)
+        torch.manual_seed(0)
+        expected, expected_drawn = model(x)
+        torch.testing.assert_close((kept, drawn), (expected, expected_drawn))
+        assert (kept is x) == (expected is x)

@@ -17,6 +17,7 @@ import torch
 from onegraph.capture.cache_writes import declare_cache_writes
 from onegraph.capture.constraints import judge, judge_region, refuse_narrowing
 from onegraph.capture.contract import input_contract
+from onegraph.capture.dropout import settle_dropout
 from onegraph.capture.failures import capture_error, refuse_host_reads
 from onegraph.capture.inputs import CallInputs, read_call
 from onegraph.capture.regions import UNBACKED, Sizing
@@ -133,6 +134,7 @@ def _captured_graph(
 ) -> CapturedGraph:
     graph_module, weights = lift_weights(raw.graph_module, function, owner)
     declare_cache_writes(graph_module)
+    settle_dropout(graph_module)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     fake_inputs = tuple(node.meta["example_value"] for node in placeholders)
     fakes = dict(zip(raw.sources, fake_inputs[len(weights) :], strict=True))

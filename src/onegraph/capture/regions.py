@@ -8,6 +8,7 @@ the powers of two stand for them; a call at another size that no predicate holds
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from onegraph.ir.dims import DynamicDim
 from onegraph.ir.region import canonical_hint
 
 MAX_REGIONS = 8
+"""Of sizes from 2 on; those of the sizes 0 and 1 come on top."""
 PREDICATE_FUNCTIONS = {"Max": max, "Min": min, "Abs": abs}
 """Functions of sympy in predicates."""
 _TRIED = 1 << 16
@@ -90,12 +92,14 @@ def covered_range(dims: Sequence[DynamicDim], predicate: str) -> tuple[int | Non
 
 
 def _candidates(dims: Sequence[DynamicDim], numbers: Iterable[int]) -> list[tuple[int, ...]]:
-    count = 1
-    for dim in dims:
-        count *= dim.max - dim.min + 1
-    if count <= _TRIED:
+    """All sizes, or the finest choice of telling ones that isn't more than can be tried."""
+    if math.prod(dim.max - dim.min + 1 for dim in dims) <= _TRIED:
         return list(itertools.product(*(range(dim.min, dim.max + 1) for dim in dims)))
-    near = {number + step for number in numbers for step in (-1, 0, 1)}
-    near |= {2**power + step for power in range(24) for step in (-1, 0, 1)}
-    chosen = [sorted({dim.min, dim.max, *(n for n in near if dim.min <= n <= dim.max)}) for dim in dims]
+    ends = {0, 1, 2}
+    near = ends | {number + step for number in numbers for step in (-1, 0, 1)}
+    powers = near | {2**power + step for power in range(24) for step in (-1, 0, 1)}
+    for telling in (powers, near, ends):
+        chosen = [sorted({dim.min, dim.max, *(n for n in telling if dim.min <= n <= dim.max)}) for dim in dims]
+        if math.prod(map(len, chosen)) <= _TRIED:
+            break
     return list(itertools.islice(itertools.product(*chosen), _TRIED))

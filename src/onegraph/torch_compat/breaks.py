@@ -77,11 +77,42 @@ def further_breaks(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
     """
     found: list[GraphBreak] = []
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with contextlib.suppress(Exception), _quiet(), _noted_breaks(found), mode:
+    with _unchanged_globals(module), contextlib.suppress(Exception), _quiet(), _noted_breaks(found), mode:
         fake = copy.deepcopy(module)
         fake_args, fake_kwargs = pytree.tree_map_only(torch.Tensor, torch.empty_like, (args, kwargs))
         dynamo.optimize("eager")(fake)(*fake_args, **fake_kwargs)
     return tuple(dict.fromkeys(found))
+
+
+@contextlib.contextmanager
+def _unchanged_globals(module: torch.nn.Module) -> Iterator[None]:
+    """The globals of the modules' code as they were, with the contents of their lists, dicts and sets."""
+    forwards: list[Any] = [getattr(type(child), "forward", None) for child in module.modules()]
+    users = [f for f in forwards if hasattr(f, "__code__") and not is_torch_file(f.__code__.co_filename)]
+    spaces = {id(f.__globals__): f.__globals__ for f in users}
+    before = [(space, dict(space)) for space in spaces.values()]
+    kinds = (list, dict, set)
+    contents = [
+        (value, value.copy())
+        for _, names in before
+        for name, value in names.items()
+        if type(value) in kinds and not name.startswith("__")
+    ]
+    try:
+        yield
+    finally:
+        for space, names in before:
+            for name in set(space) - set(names):
+                if not name.startswith("__"):  # these are Dynamo's, which takes them away itself
+                    del space[name]
+            space.update(names)
+        for value, copied in contents:
+            if isinstance(value, list):
+                value[:] = copied
+            elif list(value) != list(copied) or isinstance(value, dict):
+                for added in set(value) - set(copied):
+                    value.discard(added) if isinstance(value, set) else value.pop(added)
+                value.update(copied)
 
 
 @contextlib.contextmanager

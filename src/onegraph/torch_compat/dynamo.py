@@ -24,7 +24,12 @@ from torch._dynamo import decorators
 from torch._dynamo.exc import TorchDynamoException, Unsupported
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._guards import CompileContext, compile_context
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import (
+    ConstraintViolationError,
+    GuardOnDataDependentSymNode,
+    PendingUnbackedSymbolNotFound,
+    ShapeEnv,
+)
 
 from onegraph.torch_compat.guards import GuardFact, guard_facts
 from onegraph.torch_compat.shapes import RawCondition, asserted_while_tracing
@@ -203,7 +208,12 @@ def _changed_state(code: types.CodeType, guards: tuple[GuardFact, ...]) -> Itera
                 yield ChangedState(f"the list {holder.argval!r}")
 
 
-CAPTURE_EXCEPTIONS = (TorchDynamoException, ConstraintViolationError, GuardOnDataDependentSymNode)
+CAPTURE_EXCEPTIONS = (
+    TorchDynamoException,
+    ConstraintViolationError,
+    GuardOnDataDependentSymNode,
+    PendingUnbackedSymbolNotFound,
+)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
