@@ -86,10 +86,10 @@ class Explanation:
 
     @property
     def _state_checked(self) -> str:
-        when = {entry.checked for entry in self.ledger.state}
-        if when == {"never"}:
-            return "not checked: freeze=True"
-        return "checked when the model's owner says so" if when == {"event"} else "checked on every call"
+        if any(entry.checked == "call" for entry in self.ledger.state):
+            return "checked on every call"
+        owned = any(entry.checked == "event" for entry in self.ledger.state)
+        return "checked when the model's owner says so" if owned else "not checked: freeze=True"
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -115,7 +115,7 @@ def build(
     entry = made[0].captured.bind_entry([(one.region.predicate, one.call) for one in made])
     if config.freeze:
         return Built(entry, explanation)
-    state = tuple(read for one in made for read in one.captured.state)
+    state = tuple(read for one in made for read in one.captured.state if read.entry.checked == "call")
     return Built(
         entry,
         explanation,
@@ -230,7 +230,10 @@ def _explain(
         ledger=replace(
             first.captured.ledger,
             shapes=tuple(shapes_found.values()),
-            state=tuple(replace(entry, checked=state_checked) for entry in first.captured.ledger.state),
+            state=tuple(
+                replace(entry, checked=state_checked) if entry.checked == "call" else entry
+                for entry in dict.fromkeys(entry for one in made for entry in one.captured.ledger.state)
+            ),
         ),
         pieces=(
             PieceExplanation(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -357,6 +358,67 @@ def test_torch_s_global_state_is_a_part_of_the_ledger() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert compiled(x).dtype == torch.float32
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[attr-defined]
+def looked_up(index: int) -> float:
+    return TABLE["first"] + index
+
+
+def test_a_folded_question_to_the_interpreter_is_asked_again_on_every_call() -> None:
+    def deep(x: torch.Tensor) -> torch.Tensor:
+        return x * sys.getrecursionlimit()
+
+    compiled = onegraph.compile(deep, config=EAGER)
+    x = torch.ones(3)
+    assert torch.equal(compiled(x), deep(x))
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(before + 1)
+    try:
+        assert torch.equal(compiled(x), x * (before + 1))
+    finally:
+        sys.setrecursionlimit(before)
+
+
+def test_a_call_declared_constant_is_an_entry_for_another_process_to_ask_again() -> None:
+    class Declared(nn.Module):
+        @torch._dynamo.assume_constant_result  # type: ignore[attr-defined]
+        def scale(self) -> float:
+            return 3.0
+
+        def forward(self, x: torch.Tensor, by_method: bool) -> torch.Tensor:
+            return x * self.scale() if by_method else x * looked_up(1)
+
+    compiled = onegraph.compile(Declared(), config=EAGER)
+    x = torch.ones(3)
+    torch.testing.assert_close(compiled(x, False), x * looked_up(1))
+    ledger = compiled.explain().ledger
+    (entry,) = [entry for entry in ledger.state if entry.what.endswith("looked_up(1)")]
+    assert (entry.value, entry.checked, entry.portable) == (repr(looked_up(1)), "load", True)
+    assert entry.user is not None and entry.user.startswith(__file__)
+    assert ledger.unindexable == ()
+
+    by_method = onegraph.compile(Declared(), config=EAGER)
+    torch.testing.assert_close(by_method(x, True), x * 3)
+    ledger = by_method.explain().ledger
+    (entry,) = [entry for entry in ledger.state if entry.what.endswith("scale()")]
+    assert (entry.value, entry.checked, entry.portable) == ("3.0", "never", False)
+    assert any("scale() is 3.0, of this process alone" in reason for reason in ledger.unindexable)
+
+
+def test_an_object_without_a_name_ties_a_trace_to_its_process() -> None:
+    def told(mode: Any) -> tuple[str, ...]:
+        owner = types.SimpleNamespace(mode=mode)
+
+        def doubled_in_its_mode(x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if owner.mode is mode else x
+
+        compiled = onegraph.compile(doubled_in_its_mode, config=EAGER)
+        compiled(torch.ones(3))
+        return compiled.explain().ledger.unindexable
+
+    assert told("named") == ()
+    assert any("is one object, of this process alone" in reason for reason in told(object()))
 
 
 def test_a_trace_that_reads_a_property_with_another_answer_each_time_runs_right() -> None:

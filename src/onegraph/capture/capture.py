@@ -27,6 +27,7 @@ from onegraph.counters import counters
 from onegraph.errors import CaptureError
 from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.ledger import Ledger
+from onegraph.ir.source_text import source_files
 from onegraph.torch_compat import dynamo, shapes
 
 
@@ -156,6 +157,7 @@ def _captured_graph(
         weights=weights,
         globals_read=raw.globals_read,
         traced_code=raw.traced_code,
+        folded=raw.folded,
     )
     residual_self = () if owner is None else (owner,)
 
@@ -174,7 +176,7 @@ def _captured_graph(
             inputs=contract.entries,
             shapes=found,
             state=tuple(read.entry for read in state),
-            sources=raw.traced_files,
+            sources=source_files(code for code in raw.traced_code if not shapes.is_torch_file(code.co_filename)),
         ),
         state=state,
         make_callable=make_callable,

@@ -8,7 +8,9 @@ tracing. `state_check` makes one function of them.
 from __future__ import annotations
 
 import ast
+import enum
 import functools
+import hashlib
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,8 +24,9 @@ from onegraph.capture.state_check import LITERALS, differs, evaluate
 from onegraph.env import process_variables
 from onegraph.errors import CaptureError
 from onegraph.ir.graph import WeightInput
-from onegraph.ir.ledger import StateEntry, StateRead
+from onegraph.ir.ledger import CheckedWhen, StateEntry, StateRead
 from onegraph.ir.source_text import code_digest
+from onegraph.torch_compat.folds import FoldedCall
 from onegraph.torch_compat.guards import GuardFact, expression_scope
 from onegraph.torch_compat.shapes import is_torch_file
 from onegraph.torch_compat.torch_state import GLOBAL_READS
@@ -71,6 +74,7 @@ def state_reads(
     weights: tuple[WeightInput, ...],
     globals_read: Mapping[str, Any],
     traced_code: Iterable[types.CodeType],
+    folded: Iterable[FoldedCall],
 ) -> tuple[StateRead, ...]:
     """One read for each fact of the trace that isn't about an argument, in a stable order.
 
@@ -105,6 +109,7 @@ def state_reads(
         reads += _owner_reads(owner)
     reads += _environment_reads(codes)
     reads += _global_reads(reads_grad_mode(facts))
+    reads += map(_fold_read, folded)
     return _distinct(reads)
 
 
@@ -190,7 +195,8 @@ def _state_read(
     """A read whose value now is the expected one. In `condition`, `{x}` is the value and `$name` a constant."""
     text, names = rooted
     named = re.sub(r"\$(\w+)", lambda match: f"_v{id(constants[match[1]]):x}", condition)
-    entry = StateEntry(what, describe(evaluate(text, names)), user=user)
+    value = evaluate(text, names)
+    entry = StateEntry(what, describe(value), user=user, portable=describe is not _described or _has_a_name(value))
     return StateRead(entry, text, named, {**names, **{f"_v{id(c):x}": c for c in constants.values()}}, describe)
 
 
@@ -208,8 +214,13 @@ def _read(
     if isinstance(value, torch.Tensor):
         weight = by_tensor.get(id(value))
         if weight is None:
-            return read("{x} is not $tensor", _tensor, tensor=value)
-        return read("{x} is not $holder[$key] or {x} is None", _tensor, holder=weight.holder, key=weight.key)
+            return read("{x} is not $tensor", _described, tensor=value)
+        return read(
+            "{x} is not $holder[$key] or {x} is None",
+            lambda now: weight.name if now is weight.holder[weight.key] else _described(now),
+            holder=weight.holder,
+            key=weight.key,
+        )
     if kind == "TYPE_MATCH":
         return read("$type({x}) is not $expected", _type_name, type=type, expected=type(value))
     if kind == "HASATTR":
@@ -229,7 +240,7 @@ def _read(
     if kind == "EMPTY_NN_MODULE_HOOKS_DICT":
         return read("{x}", _hooks)
     if kind in ("DICT_KEYS_MATCH", "MAPPING_KEYS_CHECK"):
-        return read("$list({x}) != $keys", lambda now: f"keys {list(now)!r:.200}", list=list, keys=list(value))
+        return read("$list({x}) != $keys", lambda now: _short(f"keys {list(now)!r}"), list=list, keys=list(value))
     if kind == "SEQUENCE_LENGTH":
         return read(
             "$type({x}) is not $expected or $len({x}) != $length",
@@ -264,12 +275,6 @@ def _own_attribute_read(read: Callable[..., StateRead], value: Any, attribute: s
     )
 
 
-def _tensor(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"the tensor {value.dtype} {tuple(value.shape)} of id {id(value):#x}"
-    return _described(value)
-
-
 def _type_name(value: Any) -> str:
     return type(value).__qualname__
 
@@ -278,17 +283,38 @@ def _hooks(value: Any) -> str:
     return f"{len(value) or 'no'} hooks"
 
 
+_VALUES = (*LITERALS, torch.dtype, torch.device, torch.Size, torch.layout)
+
+
 def _described(value: Any) -> str:
-    """A constant, or an object in words that mean the same in another process, where it has a name."""
-    if isinstance(value, (*LITERALS, tuple, torch.dtype, torch.device)):
-        return f"{value!r:.200}"
+    """A constant, or an object in words: by its name, where it has one, with the digest of its code."""
+    if isinstance(value, torch.Tensor):
+        return f"the tensor {value.dtype} {tuple(value.shape)} of id {id(value):#x}"
+    if isinstance(value, enum.Enum):
+        return f"{type(value).__module__}.{type(value).__qualname__}.{value.name}"
+    if isinstance(value, (*_VALUES, tuple, frozenset)):
+        return _short(f"{value!r}")
     if isinstance(value, types.FunctionType):
         return f"{value.__module__}.{value.__qualname__}, code {code_digest(value.__code__)[:12]}"
-    name = getattr(value, "__qualname__", getattr(value, "__name__", None))
-    module = getattr(value, "__module__", None)
     if isinstance(value, types.ModuleType):
         return f"module {value.__name__}"
+    name = getattr(value, "__qualname__", getattr(value, "__name__", None))
+    module = getattr(value, "__module__", None)
     return f"{module}.{name}" if name and module else f"one {type(value).__name__}"
+
+
+def _has_a_name(value: Any) -> bool:
+    """Whether `_described` tells the value from every other, in another process too."""
+    if isinstance(value, tuple | frozenset):
+        return all(map(_has_a_name, value))
+    if isinstance(value, (*_VALUES, enum.Enum, type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)):
+        return True
+    return isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+
+
+def _short(text: str) -> str:
+    """The text, or its beginning with a digest of the whole."""
+    return text if len(text) <= 200 else f"{text[:160]}… sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _method_reads(classes: Iterable[type], traced: set[types.CodeType]) -> Iterator[StateRead]:
@@ -356,6 +382,31 @@ def _global_reads(grad_mode: bool) -> Iterator[StateRead]:
     for what, getter in getters.items():
         text, names = _root(getter)
         yield _state_read(what, None, (f"{text}()", names), "{x} != $value", _described, value=getter())
+
+
+def _fold_read(folded: FoldedCall) -> StateRead:
+    """A call that was run while tracing, and its result: compared with what the same call gives now.
+
+    What the user declared constant, and what is installed, is asked again by another process alone.
+    """
+    function, names = _root(folded.function)
+    arguments = [_root(value) for value in folded.args]
+    named = {key: _root(value) for key, value in folded.kwargs.items()}
+    for _, constants in (*arguments, *named.values()):
+        names.update(constants)
+    passed = [text for text, _ in arguments] + [f"{key}={text}" for key, (text, _) in named.items()]
+    shown = [f"{value!r:.40}" for value in folded.args] + [f"{k}={v!r:.40}" for k, v in folded.kwargs.items()]
+    called = _described(folded.function).partition(",")[0]
+    known = all(map(_has_a_name, (folded.function, folded.result, *folded.args, *folded.kwargs.values())))
+    when: CheckedWhen = "call" if folded.kind == "state" else "load" if known else "never"
+    value = folded.result
+    return StateRead(
+        StateEntry(f"{called}({', '.join(shown)})", _described(value), when, folded.user, portable=known),
+        f"{function}({', '.join(passed)})",
+        f"_differs({{x}}, _v{id(value):x})",
+        {**names, "_differs": differs, f"_v{id(value):x}": value},
+        _described,
+    )
 
 
 def _distinct(reads: Iterable[StateRead]) -> tuple[StateRead, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from onegraph.ir.source_text import SourceFile
 
 CheckedWhen = Literal["call", "event", "load", "never"]
 Effect = Literal["proven", "narrows", "split"]
@@ -48,14 +50,16 @@ class ShapeEntry:
 class StateEntry:
     """A value of Python or torch state that was read while tracing, in the user's terms (`self.layers.0.scale`).
 
-    `checked` says when it is compared again: on every `call`, on an `event` that the module's owner tells, or
-    `never`, where the user promised that nothing changes (`freeze`).
+    `checked` says when it is compared again: on every `call`, on an `event` that the module's owner tells, at
+    `load` by another process, or `never`, where the user promised that nothing changes (`freeze`). `portable` says
+    whether `value` means the same in another process; an object is told by its identity alone in this one.
     """
 
     what: str
     value: str
     checked: CheckedWhen = "call"
     user: str | None = None
+    portable: bool = True
 
     def to_dict(self) -> dict[str, object]:
         return {"what": self.what, "value": self.value, "checked": self.checked, "user": self.user}
@@ -75,12 +79,20 @@ class StateRead:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All that one trace assumes; `sources` are the files whose functions were inlined."""
+    """All that one trace assumes; `sources` are the files outside of torch whose functions were inlined."""
 
     inputs: tuple[InputEntry, ...] = ()
     shapes: tuple[ShapeEntry, ...] = ()
     state: tuple[StateEntry, ...] = ()
-    sources: tuple[str, ...] = field(default=())
+    sources: tuple[SourceFile, ...] = ()
+
+    @property
+    def unindexable(self) -> tuple[str, ...]:
+        """Why no other process may take this trace for its own without tracing; empty if it may."""
+        return tuple(
+            [f"{entry.what} is {entry.value}, of this process alone" for entry in self.state if not entry.portable]
+            + [f"{source.path} has changed since it was imported" for source in self.sources if not source.as_loaded]
+        )
 
     def to_dict(self) -> dict[str, object]:
         return {

@@ -31,6 +31,7 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
 )
 
+from onegraph.torch_compat.folds import FoldedCall, folded_calls
 from onegraph.torch_compat.guards import GuardFact, guard_facts
 from onegraph.torch_compat.shapes import RawCondition, asserted_while_tracing
 
@@ -60,8 +61,8 @@ class RawCapture:
     guards: tuple[GuardFact, ...]
     globals_read: Mapping[str, Any]
     asserted: tuple[RawCondition, ...]
+    folded: tuple[FoldedCall, ...]
     traced_code: tuple[types.CodeType, ...]
-    traced_files: tuple[str, ...]
     make_callable: Callable[[Callable[..., Any]], Callable[..., Any]]
     stored_globals: tuple[str, ...]
     changed_state: tuple[ChangedState, ...]
@@ -141,6 +142,7 @@ def capture(
         torch.compiler.config.patch(compiler_patches),
         symbolic_config.patch(backed_size_oblivious=size_oblivious),
         asserted_while_tracing() as asserted,
+        folded_calls() as folded,
     ):
         warnings.filterwarnings("ignore", "Dynamo does not know how to trace")  # the error that follows says it
         output = convert_frame._fullgraph_capture_frame(frame)
@@ -169,8 +171,8 @@ def capture(
         guards=guards,
         globals_read=graph_output.output_graph.global_scope,
         asserted=tuple(asserted),
+        folded=tuple(folded),
         traced_code=tuple(graph_output.traced_code),
-        traced_files=tuple(sorted({code.co_filename for code in graph_output.traced_code})),
         make_callable=make_callable,
         stored_globals=_stored_globals(graph_output.bytecode),
         changed_state=tuple(_changed_state(graph_output.bytecode, guards)),
