@@ -103,9 +103,9 @@ class PieceCompiler:
         )
 
     def _fresh(self, piece: Piece, key: Key | None, options: dict[str, Any], why: str) -> CompiledPiece:
-        made = inductor.compile_artifact(piece, key, self.target, options)
-        shape_env = piece.fake_mode.shape_env
-        constraints = self.check_sizes(shapes.conditions(shape_env))
+        compiled = inductor.compile_artifact(piece, key, self.target, options)
+        made, shape_env = compiled.made, piece.fake_mode.shape_env
+        constraints = self.check_sizes([*compiled.conditions, *shapes.conditions(shape_env)])
         digest = None if key is None else key.digest
         if isinstance(made, inductor.InProcess):
             why = f"can't be stored: {made.reason}"

@@ -192,6 +192,60 @@ def test_the_narrower_dim_that_is_offered_works() -> None:
         torch.testing.assert_close(compiled(torch.ones(size, 2)), branch(torch.ones(size, 2)))
 
 
+def squeezed(x: torch.Tensor) -> torch.Tensor:
+    return x.squeeze(0) * 2
+
+
+@pytest.mark.parametrize(
+    "function",
+    [squeezed, lambda x: x.squeeze() * 2, lambda x: torch.squeeze(x, dim=(0, 1)), lambda x: x.unsqueeze(0).squeeze()],
+    ids=["method", "all dims", "several dims", "all but one"],
+)
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_squeezing_a_size_that_may_be_1_is_a_condition(function: Callable[..., Any], backend: str) -> None:
+    with pytest.raises(ConstraintError, match=r"n != 1") as caught:
+        onegraph.compile(function, dynamic_shapes={"x": {0: Dim("n", min=1, max=64)}}, config={"backend": backend})(
+            torch.ones(3, 4)
+        )
+    assert caught.value.where is not None and __file__ in caught.value.where
+    from_two = Dim("n", min=2, max=64)
+    compiled = onegraph.compile(function, dynamic_shapes={"x": {0: from_two}}, config={"backend": backend})
+    torch.testing.assert_close(compiled(torch.ones(3, 4)), function(torch.ones(3, 4)))
+
+
+def test_squeezing_is_split_by_size() -> None:
+    dims = {"x": {0: Dim("n", min=1, max=64)}}
+    compiled = onegraph.compile(squeezed, dynamic_shapes=dims, config={"on_constraint": "split"})
+    for size in (1, 2, 64, 1):
+        torch.testing.assert_close(compiled(torch.ones(size, 4)), squeezed(torch.ones(size, 4)))
+
+
+def test_squeezing_a_size_that_depends_on_data_is_refused() -> None:
+    with pytest.raises(CaptureError, match="squeeze meets a size that depends on data"):
+        onegraph.compile(lambda x: x.nonzero().squeeze(), config={"backend": "eager"})(torch.ones(3, 1))
+    last = onegraph.compile(lambda x: x.nonzero().squeeze(-1), config={"backend": "eager"})
+    assert last(torch.tensor([0, 1])).shape == (1,)
+
+
+IDENTITY: dict[str, Callable[..., Any]] = {
+    "id of an argument": lambda x, owner: x * 2 if id(x) == 0 else x,
+    "argument and weight": lambda x, owner: x * 2 if x is owner.weight else x,
+    "argument and weight as keys": lambda x, owner: x * len({x, owner.weight}),
+}
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_identity_that_cant_be_compared_again_is_refused(name: str) -> None:
+    owner = nn.Linear(3, 3)
+
+    def asks(x: torch.Tensor) -> torch.Tensor:
+        return IDENTITY[name](x, owner) + owner.bias  # type: ignore[no-any-return]
+
+    with pytest.raises(CaptureError, match="the module asks") as caught:
+        onegraph.compile(asks, config={"backend": "eager"})(torch.ones(3))
+    assert caught.value.where is not None and __file__ in caught.value.where
+
+
 def test_divisibility_is_told_in_words_of_python() -> None:
     error = refused(divisibility)
     assert [entry.expr for entry in error.constraints] == ["rows % 128 == 0"]

@@ -587,6 +587,41 @@ def test_a_tensor_that_was_given_twice_has_to_be_given_twice() -> None:
         compiled(x, torch.zeros(3))
 
 
+@pytest.mark.parametrize("as_keys", [False, True])
+def test_tensors_that_were_compared_have_to_stay_different(as_keys: bool) -> None:
+    def compares(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a * len({a, b}) if as_keys else a * 5 if a is b else a + b
+
+    compiled = onegraph.compile(compares, config={"backend": "eager"})
+    a, b = torch.ones(3), torch.full((3,), 2.0)
+    torch.testing.assert_close(compiled(a, b), compares(a, b))
+    with pytest.raises(InputContractError, match="it was another than b when the module was captured"):
+        compiled(a, a)
+
+    sums = onegraph.compile(lambda a, b: a + b, config={"backend": "eager"})
+    torch.testing.assert_close(sums(a, b), a + b)
+    torch.testing.assert_close(sums(a, a), a + a)
+
+
+@pytest.mark.parametrize("same_first", [True, False], ids=["same first", "other first"])
+def test_a_list_that_is_given_twice_is_one_list(same_first: bool) -> None:
+    def grows(left: list[torch.Tensor], right: list[torch.Tensor]) -> torch.Tensor:
+        left.append(left[0] * 2)
+        right.append(right[-1] * 3)
+        return right[-1] + len(left)
+
+    def lists(same: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        one = [torch.ones(3)]
+        return (one, one) if same else (one, [torch.ones(3)])
+
+    compiled = onegraph.compile(grows, config={"backend": "eager"})
+    given, expected = lists(same_first), lists(same_first)
+    torch.testing.assert_close(compiled(*given), grows(*expected))
+    torch.testing.assert_close(given, expected)
+    with pytest.raises(InputContractError, match="right broke the input contract: it was"):
+        compiled(*lists(not same_first))
+
+
 def test_parameters_may_have_the_names_of_builtins() -> None:
     def model(x: Any, type: int, len: int, list: int, isinstance: int) -> Any:  # noqa: A002 - on purpose
         return x[0] * type * len

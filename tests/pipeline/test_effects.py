@@ -131,6 +131,20 @@ def test_results_that_share_memory_with_arguments_still_do(backend: str) -> None
         assert tail.sum() == 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_with_memory_of_their_own_keep_it(backend: str) -> None:
+    def nothing_added(x: torch.Tensor) -> Any:
+        zeros, y = torch.zeros(x.shape[0], 4), x * 2
+        return x + zeros, (zeros + x).view(-1), y, y + zeros, y * torch.ones(x.shape[0], 4)
+
+    call = started(nothing_added, backend)
+    for size in (3, 9):
+        x = torch.randn(size, 4)
+        results, expected = call(x), nothing_added(x)
+        torch.testing.assert_close(results, expected)
+        assert len({tensor.data_ptr() for tensor in (x, *results)}) == 6
+
+
 class Cache(nn.Module):
     """Writes rows into a view of one layer of a cache, in two ways, and reads them."""
 

@@ -406,19 +406,85 @@ def test_a_call_declared_constant_is_an_entry_for_another_process_to_ask_again()
     assert any("scale() is 3.0, of this process alone" in reason for reason in ledger.unindexable)
 
 
-def test_an_object_without_a_name_ties_a_trace_to_its_process() -> None:
-    def told(mode: Any) -> tuple[str, ...]:
-        owner = types.SimpleNamespace(mode=mode)
+class Mode:
+    """Told apart by identity alone."""
 
-        def doubled_in_its_mode(x: torch.Tensor) -> torch.Tensor:
-            return x * 2 if owner.mode is mode else x
 
-        compiled = onegraph.compile(doubled_in_its_mode, config=EAGER)
-        compiled(torch.ones(3))
-        return compiled.explain().ledger.unindexable
+IDENTICAL: dict[str, Callable[[], Any]] = {
+    "object": Mode,
+    "module": nn.Identity,
+    "list": lambda: [1],
+    "dict": dict,
+    "function": lambda: lambda: 1,
+    "tensor": lambda: torch.zeros(3),
+}
 
-    assert told("named") == ()
-    assert any("is one object, of this process alone" in reason for reason in told(object()))
+
+@pytest.mark.parametrize("kind", IDENTICAL)
+@pytest.mark.parametrize("same_first", [True, False], ids=["same first", "other first"])
+def test_what_is_the_same_object_is_compared_again(kind: str, same_first: bool) -> None:
+    make = IDENTICAL[kind]
+    one, other = make(), make()
+    owner = types.SimpleNamespace(mode=one if same_first else other)
+
+    def branching(x: torch.Tensor) -> torch.Tensor:
+        return x * 5 if owner.mode is one else x + 1
+
+    compiled = onegraph.compile(branching, config=EAGER)
+    x = torch.ones(3)
+    for mode in (owner.mode, one, other, one):
+        owner.mode = mode
+        torch.testing.assert_close(compiled(x), branching(x))
+    assert compiled.explain().ledger.unindexable == () or kind == "tensor"
+
+
+def test_two_tensors_of_a_module_become_one_and_two_again() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Parameter(torch.ones(3)), nn.Parameter(torch.full((3,), 2.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 5 if self.left is self.right else x + self.left + len({self.left, self.right})
+
+    module = Tied()
+    compiled = onegraph.compile(module, config=EAGER)
+    x = torch.ones(3)
+    two = module.right
+    for right in (two, module.left, two):
+        module.right = right
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_an_object_that_every_call_replaces_is_no_change_of_state() -> None:
+    class Replacing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = Mode()
+            self.twin = self.last
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x * 5 if self.twin is self.last else x + 1
+            self.last = Mode()
+            return y
+
+    module, reference = Replacing(), Replacing()
+    compiled = onegraph.compile(module, config=EAGER)
+    x = torch.ones(3)
+    with counters.expect(recaptures=1):  # the twin is another object from the second call on
+        for _ in range(6):
+            torch.testing.assert_close(compiled(x), reference(x))
+
+
+def test_a_reference_to_a_nameless_thing_ties_a_trace_to_its_process() -> None:
+    generator = torch.Generator()
+
+    def shared(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if generator is not None else x
+
+    compiled = onegraph.compile(shared, config=EAGER)
+    compiled(torch.ones(3))
+    assert all("generator" in reason for reason in compiled.explain().ledger.unindexable)
 
 
 def test_a_trace_that_reads_a_property_with_another_answer_each_time_runs_right() -> None:

@@ -141,14 +141,17 @@ def _captured_graph(
     fakes = dict(zip(raw.sources, fake_inputs[len(weights) :], strict=True))
     seen = {**shapes.tracked_fakes(raw.fake_mode.shape_env), **fakes}
     symbols = _symbols(inputs, seen)
-    conditions = [*raw.asserted, *shapes.conditions(raw.fake_mode.shape_env)]
+    squeezed = shapes.squeezed_sizes(graph_module)
+    _refuse_squeezed_data(squeezed, symbols)
+    conditions = [*raw.asserted, *squeezed, *shapes.conditions(raw.fake_mode.shape_env)]
     if sizing.mode == "unbacked":
         found = judge(conditions, inputs.dims, symbols, "capture")
         refuse_narrowing(found, inputs.dims)
     else:
         found = judge_region(conditions, inputs.dims, symbols, "capture", split)
     _refuse_hidden_tensors(inputs, fakes)
-    contract = input_contract(inputs, fakes, symbols, required_alignment)
+    compared = [(pair.left, pair.right) for pair in raw.compared]
+    contract = input_contract(inputs, fakes, symbols, required_alignment, compared)
     state = state_reads(
         raw.guards,
         function=function,
@@ -158,6 +161,8 @@ def _captured_graph(
         globals_read=raw.globals_read,
         traced_code=raw.traced_code,
         folded=raw.folded,
+        compared=raw.compared,
+        stored_attributes=raw.stored_attributes,
     )
     residual_self = () if owner is None else (owner,)
 
@@ -184,6 +189,17 @@ def _captured_graph(
         fixed=_fixed(inputs, seen),
         num_ops=sum(node.op.startswith("call_") for node in graph_module.graph.nodes),
     )
+
+
+def _refuse_squeezed_data(squeezed: list[shapes.RawCondition], symbols: dict[str, str]) -> None:
+    """A size that depends on data may be 1 at any call, and the squeezed tensor's rank with it."""
+    for condition in squeezed:
+        if not {str(symbol) for symbol in condition.expr.free_symbols} <= symbols.keys():
+            raise CaptureError(
+                "squeeze meets a size that depends on data, so the number of dims would depend on it too",
+                where=condition.user,
+                hint="name the dims to squeeze that are always 1: x.squeeze(-1)",
+            )
 
 
 def _refuse_hidden_tensors(inputs: CallInputs, fakes: dict[str, Any]) -> None:

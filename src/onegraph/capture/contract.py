@@ -10,9 +10,9 @@ import builtins
 import enum
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -31,7 +31,7 @@ _COMPARED = (enum.Enum, torch.Size, slice, range, frozenset, torch.layout, torch
 
 _GENERATED_NAMES = re.compile(
     r"_[cns]\d+|_call\d+|_break|_differs|_outside|_uncovered|_grad_enabled|_no_gradients|_autocast_enabled"
-    r"|_autocast_dtype|_Tensor|_Parameter|_type|_list|_len|_isinstance"
+    r"|_autocast_dtype|_Tensor|_Parameter|_type|_list|_len|_isinstance|_id"
 )
 
 
@@ -73,8 +73,10 @@ def input_contract(
     fakes: Mapping[str, Any],
     symbols: Mapping[str, str],
     required_alignment: Callable[[int], int],
+    compared: Iterable[tuple[str, str]] = (),
 ) -> Contract:
-    """Builds the contract. `fakes` are the graph's symbolic values by Dynamo's source name.
+    """Builds the contract. `fakes` are the graph's symbolic values by Dynamo's source name, `compared` the sources
+    of different tensors that the trace compared by identity.
 
     Raises CaptureError for an input whose strides follow a size in a way that can't be told in its dims, and for an
     argument whose name the generated checks use.
@@ -88,8 +90,7 @@ def input_contract(
         on = f"_autocast_enabled({device!r})"
         lost = f" or _autocast_dtype({device!r}) is not {code.constant(state[1])}" if state[0] else ""
         code.check(f"{on} is not {state[0]}{lost}", f"({on},)", f"autocast on {device}", "state", state)
-    for container in inputs.containers:
-        _check_container(code, container)
+    _check_containers(code, inputs.containers)
     first: dict[int, Leaf] = {}
     for leaf in inputs.leaves:
         if isinstance(leaf.value, torch.Tensor):
@@ -101,6 +102,11 @@ def input_contract(
             )
         else:
             _check_constant(code, leaf)
+    by_source = {source: leaf for leaf in inputs.leaves for source in (leaf.source, leaf.indexed_source)}
+    for left, right in compared:
+        one, other = by_source.get(left), by_source.get(right)
+        if one is not None and other is not None:
+            code.check(f"{one.code} is {other.code}", one.code, one.path, "tensor", f"another than {other.path}")
     parameters, call = _signature_code(inputs, code)
     fast = _fast_path(inputs, code, required_alignment)
     sizes = [code.sizes.get(dim.name) for dim in inputs.dims]
@@ -127,7 +133,7 @@ def input_contract(
             "_autocast_dtype": torch.get_autocast_dtype,
             "_Tensor": torch.Tensor,
             "_Parameter": torch.nn.Parameter,
-            **{f"_{name}": getattr(builtins, name) for name in ("type", "list", "len", "isinstance")},
+            **{f"_{name}": getattr(builtins, name) for name in ("type", "list", "len", "isinstance", "id")},
         }
         exec(compile(source, "<onegraph input contract>", "exec"), namespace)  # noqa: S102 - our own text
         entry: Callable[..., Any] = namespace["entry"]
@@ -175,6 +181,24 @@ def _contiguous_strides(sizes: list[int | None]) -> list[int | None]:
         strides.append(step)
         step = None if step is None or size is None else step * max(size, 1)
     return strides[::-1]
+
+
+def _check_containers(code: _Code, containers: Sequence[Container]) -> None:
+    """Each by itself, and that those which a module may change are as many objects as they were."""
+    for container in containers:
+        twin = container.twin
+        if twin is None:
+            _check_container(code, container)
+        else:
+            code.check(f"{container.code} is not {twin.code}", container.code, container.path, "object", twin.path)
+    mutable = [one for one in containers if one.is_mutable and one.twin is None]
+    for index, one in enumerate(mutable[1:] if len(mutable) <= 4 else (), 1):
+        for other in mutable[:index]:
+            code.check(f"{one.code} is {other.code}", one.code, one.path, "object", f"another than {other.path}")
+    if len(mutable) > 4:
+        ids = ", ".join(f"_id({one.code})" for one in mutable)
+        paths = f"{mutable[0].path} … {mutable[-1].path}"
+        code.check(f"_len({{{ids}}}) != {len(mutable)}", mutable[0].code, paths, "object", "another at each place")
 
 
 def _check_container(code: _Code, container: Container) -> None:
@@ -329,14 +353,19 @@ def _signature_code(inputs: CallInputs, code: _Code) -> tuple[str, str]:
 
 
 def _break(entry: InputEntry, value: Any) -> None:
+    if entry.fact in ("tensor", "object"):
+        _refuse(entry, f"it was {entry.value} when the module was captured, and now it isn't")
     actual: Any = value
     if isinstance(value, torch.Tensor):
         actual = f"a tensor {value.dtype} {tuple(value.shape)} with strides {value.stride()} on {value.device}"
     elif entry.fact in ("type", "value"):
         actual = f"{type(value).__name__} {value!r:.80}"
+    _refuse(entry, f"its {entry.fact} was {entry.value} when the module was captured, and now it is given {actual}")
+
+
+def _refuse(entry: InputEntry, why: str) -> NoReturn:
     raise InputContractError(
-        f"{entry.path} broke the input contract: its {entry.fact} was {entry.value} when the module was captured, "
-        f"and now it is given {actual}",
+        f"{entry.path} broke the input contract: {why}",
         where=f"argument {entry.path}",
         hint="declare sizes that change in dynamic_shapes, pass values that change as tensors, or compile once "
         "more for the other kind of call",

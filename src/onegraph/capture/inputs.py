@@ -44,12 +44,20 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Container:
-    """A container on the way to the leaves: its type and its length or keys must stay."""
+    """A container on the way to the leaves: its type and its length or keys must stay.
+
+    `twin` is the path of the same object at an earlier place, whose leaves are also those of this one.
+    """
 
     path: str
     code: str
     kind: type
     keys: tuple[Any, ...] | int
+    twin: Container | None = None
+
+    @property
+    def is_mutable(self) -> bool:
+        return not issubclass(self.kind, tuple)
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,7 @@ class _Walk:
         self.leaves: list[Leaf] = []
         self.containers: list[Container] = []
         self.aliases: dict[int, torch.Tensor] = {}
+        self.rebuilt: dict[int, tuple[Container, Any]] = {}
         self.dims: dict[str, DynamicDim] = {}
         self.places: dict[str, list[str]] = {}
 
@@ -158,19 +167,23 @@ class _Walk:
     def visit(self, value: Any, path: str, source: str, code: str, spec: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return self.tensor(value, path, source, code, spec)
-        if isinstance(value, dict) and type(value) is dict:
-            self.containers.append(Container(path, code, dict, tuple(value)))
-            items = {
-                k: self.visit(v, f"{path}[{k!r}]", f"{source}[{k!r}]", f"{code}[{k!r}]", _child(spec, k, path))
-                for k, v in value.items()
-            }
+        if id(value) in self.rebuilt:
+            container, rebuilt = self.rebuilt[id(value)]
+            self.containers.append(dataclasses.replace(container, path=path, code=code, twin=container))
+            return rebuilt
+        if type(value) is dict:
+            items: dict[Any, Any] = {}
+            self.add(Container(path, code, dict, tuple(value)), value, items)
+            for k, v in value.items():
+                items[k] = self.visit(v, f"{path}[{k!r}]", f"{source}[{k!r}]", f"{code}[{k!r}]", _child(spec, k, path))
             return items
         if type(value) in (list, tuple):
-            self.containers.append(Container(path, code, type(value), len(value)))
-            return type(value)(
-                self.visit(v, f"{path}[{i}]", f"{source}[{i}]", f"{code}[{i}]", _child(spec, i, path))
-                for i, v in enumerate(value)
-            )
+            elements: list[Any] = []
+            self.add(Container(path, code, type(value), len(value)), value, elements)
+            for i, v in enumerate(value):
+                child = self.visit(v, f"{path}[{i}]", f"{source}[{i}]", f"{code}[{i}]", _child(spec, i, path))
+                elements.append(child)
+            return elements if type(value) is list else tuple(elements)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return self.named_tuple(value, path, source, code, spec)
         if dataclasses.is_dataclass(value) and not isinstance(value, type | dict):
@@ -182,6 +195,12 @@ class _Walk:
             )
         self.leaves.append(Leaf(path, source, code, value, {}))
         return value
+
+    def add(self, container: Container, value: Any, rebuilt: Any) -> None:
+        """Notes a container; one that is mutable is rebuilt once, for all the places where it stands."""
+        self.containers.append(container)
+        if container.is_mutable:
+            self.rebuilt[id(value)] = container, rebuilt
 
     def named_tuple(self, value: Any, path: str, source: str, code: str, spec: Any) -> Any:
         """Fields are visited by name; Dynamo may name them by index."""
@@ -199,8 +218,8 @@ class _Walk:
     def dataclass(self, value: Any, path: str, source: str, code: str, spec: Any) -> Any:
         """Fields are visited; the object is copied without its __init__, so that aliases stand in its fields."""
         names = tuple(f.name for f in dataclasses.fields(value))
-        self.containers.append(Container(path, code, type(value), -1))
         copied = object.__new__(type(value))
+        self.add(Container(path, code, type(value), -1), value, copied)
         if hasattr(value, "__dict__"):
             copied.__dict__.update(value.__dict__)
         for name in names:

@@ -10,24 +10,25 @@ from __future__ import annotations
 import ast
 import enum
 import functools
-import hashlib
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from onegraph.capture.descriptions import described, has_a_name, number_of_hooks, one_object, short, type_name
 from onegraph.capture.inputs import CallInputs
+from onegraph.capture.roots import Scope, as_written, root, rooted_expression, scope_of
 from onegraph.capture.state_check import LITERALS, differs, evaluate
 from onegraph.env import process_variables
 from onegraph.errors import CaptureError
 from onegraph.ir.graph import WeightInput
 from onegraph.ir.ledger import CheckedWhen, StateEntry, StateRead
-from onegraph.ir.source_text import code_digest
 from onegraph.torch_compat.folds import FoldedCall
-from onegraph.torch_compat.guards import GuardFact, expression_scope
+from onegraph.torch_compat.guards import GuardFact
+from onegraph.torch_compat.identity import ComparedTensors
 from onegraph.torch_compat.shapes import is_torch_file
 from onegraph.torch_compat.torch_state import GLOBAL_READS
 
@@ -51,18 +52,8 @@ _CHECKED_ELSEWHERE = frozenset(
         "DETERMINISTIC_ALGORITHMS",
         "TORCH_FUNCTION_STATE",
         "FSDP_TRAINING_STATE",
-        "DUPLICATE_INPUT",
     }
 )
-
-
-@dataclass(frozen=True)
-class _Scope:
-    """What the names in guard expressions mean: `constants` are objects that stand for whole prefixes."""
-
-    globals_read: Mapping[str, Any]
-    constants: Mapping[str, Any]
-    functions: Mapping[str, Any]
 
 
 def state_reads(
@@ -75,36 +66,55 @@ def state_reads(
     globals_read: Mapping[str, Any],
     traced_code: Iterable[types.CodeType],
     folded: Iterable[FoldedCall],
+    compared: Iterable[ComparedTensors],
+    stored_attributes: frozenset[str],
 ) -> tuple[StateRead, ...]:
     """One read for each fact of the trace that isn't about an argument, in a stable order.
 
-    Raises CaptureError for a value that the trace read and that can't be read again.
+    Every object that was read must be the same object again: a trace has answers to `a is b` in it, and the order
+    of writes to objects that are two. But for those at one of the `stored_attributes`, which calls replace.
+
+    Raises CaptureError for a value that the trace read and that can't be read again, and for an argument that was
+    compared with a tensor of the module.
     """
-    scope = _scope(function, owner, inputs, globals_read)
+    scope = scope_of(function, owner, inputs, globals_read)
     by_tensor = {id(weight.holder[weight.key]): weight for weight in weights}
     reads: list[StateRead] = []
     classes: dict[int, type] = {}
-    for fact in facts:
-        if fact.kind in _CHECKED_ELSEWHERE or not fact.name:
-            continue
-        expression = _rooted(fact.name, scope)
+    identities = _Identities(stored_attributes)
+    for fact in _spread(facts):
+        expression = rooted_expression(fact.name, scope)
+        if expression is None and fact.kind == "ID_MATCH":
+            raise CaptureError(
+                f"the module asks for id({as_written(fact.name, scope)}), and that is an argument",
+                where=fact.user,
+                hint="compare tensors with `is`, or ask outside of the module and pass the answer as an argument",
+            )
         if expression is None:
             continue
         try:
             value = evaluate(expression[0], expression[1])
         except Exception as error:
             raise CaptureError(
-                f"{_shown(fact.name, scope)} was read while tracing, and can't be read again: {error!r}",
+                f"{as_written(fact.name, scope)} was read while tracing, and can't be read again: {error!r}",
                 where=fact.user,
                 hint="keep such a value in a plain attribute, or pass it as an argument",
             ) from error
-        read = _read(fact, expression, value, by_tensor, _shown(fact.name, scope))
-        reads += [read] if read is not None else []
+        shown = as_written(fact.name, scope)
+        pinned = identities.add(expression, value, shown, fact.user)
+        reads += [pinned] if pinned is not None else []
+        if isinstance(value, torch.Tensor) or not (
+            fact.kind == "DUPLICATE_INPUT" or (pinned and fact.kind == "TYPE_MATCH")
+        ):
+            read = _read(fact, expression, value, by_tensor, shown)
+            reads += [read] if read is not None else []
         if fact.kind == "TYPE_MATCH" and type(value) not in (dict, list, tuple):
             classes[id(type(value))] = type(value)
+    reads += _compared_reads(compared, scope)
     codes = set(traced_code)
+    reads += identities.replaced()
     reads += _method_reads(classes.values(), codes)
-    reads.append(_code_read(function.__qualname__, function, _root(function)))
+    reads.append(_code_read(function.__qualname__, function, root(function)))
     if isinstance(owner, torch.nn.Module):
         reads += _owner_reads(owner)
     reads += _environment_reads(codes)
@@ -113,75 +123,31 @@ def state_reads(
     return _distinct(reads)
 
 
-def _scope(function: Any, owner: Any, inputs: CallInputs, globals_read: Mapping[str, Any]) -> _Scope:
-    constants: dict[str, Any] = {}
-    if owner is not None:
-        constants[f"L['{function.__code__.co_varnames[0]}']"] = owner
-    for leaf in inputs.leaves:
-        if not isinstance(leaf.value, (torch.Tensor, *LITERALS)):
-            constants[leaf.source] = constants[leaf.indexed_source] = leaf.value
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        constants[f"L['{name}']"] = constants[f"L[{name!r}]"] = _Cell(cell)
-    return _Scope(globals_read, constants, expression_scope())
+def _spread(facts: Iterable[GuardFact]) -> Iterator[GuardFact]:
+    """The facts about state; that one object stands at two places is a fact about each."""
+    for fact in facts:
+        if fact.name and fact.kind not in _CHECKED_ELSEWHERE:
+            yield fact
+            if "source_b" in fact.keywords:
+                yield replace(fact, name=fact.keywords["source_b"])
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """Marks a local of the traced function that is a closure variable, read through its cell."""
-
-    cell: Any
-
-
-def _rooted(name: str, scope: _Scope) -> tuple[str, dict[str, Any]] | None:
-    """The guard's expression with its roots replaced by names, and these names; None if it is about an argument."""
-    tree = ast.parse(name, mode="eval").body
-    roots = _Roots(scope)
-    text = ast.unparse(roots.visit(tree))
-    return None if roots.is_argument else (text, roots.names)
-
-
-class _Roots(ast.NodeTransformer):
-    """Replaces `L[...]`, `G[...]` and function names by names of constants; drops copies (`dict(x)['a']`)."""
-
-    def __init__(self, scope: _Scope) -> None:
-        self.scope, self.is_argument = scope, False
-        self.names: dict[str, Any] = {}
-
-    def constant(self, value: Any) -> ast.Name:
-        name = f"_k{id(value):x}"
-        self.names[name] = value
-        return ast.Name(name, ast.Load())
-
-    def visit(self, node: ast.AST) -> Any:
-        if isinstance(node, ast.Subscript | ast.Attribute):
-            known = self.scope.constants.get(ast.unparse(node), self)
-            if isinstance(known, _Cell):
-                return ast.Attribute(self.constant(known.cell), "cell_contents", ast.Load())
-            if known is not self:
-                return self.constant(known)
-        return super().visit(node)
-
-    def visit_Subscript(self, node: ast.Subscript) -> Any:
-        if isinstance(node.value, ast.Name) and node.value.id == "L":
-            self.is_argument = True
-        if isinstance(node.value, ast.Name) and node.value.id == "G" and isinstance(node.slice, ast.Constant):
-            key = str(node.slice.value)
-            if key.startswith(("__import_", "__builtins_dict__")):  # Dynamo's own names for a module
-                return self.constant(self.scope.globals_read[key])
-            return ast.Subscript(self.constant(self.scope.globals_read), node.slice, ast.Load())
-        if (
-            isinstance(node.value, ast.Call)
-            and isinstance(node.value.func, ast.Name)
-            and node.value.func.id == "dict"
-            and ast.unparse(node.value).endswith(".__dict__)")
-        ):
-            return self.generic_visit(ast.Subscript(node.value.args[0], node.slice, ast.Load()))
-        return self.generic_visit(node)
-
-    def visit_Name(self, node: ast.Name) -> Any:
-        if node.id in self.scope.functions:
-            return self.constant(self.scope.functions[node.id])
-        return node
+def _compared_reads(compared: Iterable[ComparedTensors], scope: Scope) -> Iterator[StateRead]:
+    """Two tensors of the module that the trace compared; those of the call are the input contract's."""
+    for pair in compared:
+        roots = rooted_expression(pair.left, scope), rooted_expression(pair.right, scope)
+        if roots[0] is not None and roots[1] is not None:
+            both = f"({roots[0][0]}, {roots[1][0]})", {**roots[0][1], **roots[1][1]}
+            what = f"{as_written(pair.left, scope)} is {as_written(pair.right, scope)}"
+            condition = f"({{x}}[0] is {{x}}[1]) is not {_are_same(evaluate(*both))}"
+            yield _state_read(what, pair.user, both, condition, _are_same)
+        elif roots[0] is not None or roots[1] is not None:
+            left, right = as_written(pair.left, scope), as_written(pair.right, scope)
+            raise CaptureError(
+                f"the module asks whether {left} and {right} are the same tensor, and one of them is an argument",
+                where=pair.user,
+                hint="ask it outside of the module, and pass the answer as an argument",
+            )
 
 
 def _state_read(
@@ -196,14 +162,72 @@ def _state_read(
     text, names = rooted
     named = re.sub(r"\$(\w+)", lambda match: f"_v{id(constants[match[1]]):x}", condition)
     value = evaluate(text, names)
-    entry = StateEntry(what, describe(value), user=user, portable=describe is not _described or _has_a_name(value))
+    entry = StateEntry(what, describe(value), user=user, portable=describe is not described or has_a_name(value))
     return StateRead(entry, text, named, {**names, **{f"_v{id(c):x}": c for c in constants.values()}}, describe)
 
 
-def _root(value: Any) -> tuple[str, dict[str, Any]]:
-    """An object as the root of an expression."""
-    name = f"_k{id(value):x}"
-    return name, {name: value}
+_WITHOUT_IDENTITY = (
+    torch.Tensor,  # has reads of its own, and may be replaced
+    *LITERALS,
+    tuple,
+    frozenset,
+    range,
+    slice,
+    type,
+    enum.Enum,
+    types.ModuleType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+)
+"""Values that are compared otherwise, or that a program doesn't tell from their equals."""
+
+
+class _Identities:
+    """Which object stands at which place: pinned where it stays, else told from all others."""
+
+    def __init__(self, stored_attributes: frozenset[str]) -> None:
+        self.stored = stored_attributes
+        self.pinned: dict[int, tuple[Any, str]] = {}
+        self.volatile: dict[str, tuple[Any, Mapping[str, Any], str, str | None]] = {}
+
+    def add(self, rooted: tuple[str, Mapping[str, Any]], value: Any, what: str, user: str | None) -> StateRead | None:
+        """The read that pins the object, or None for a value without identity and for one that calls replace."""
+        text, names = rooted
+        if isinstance(value, _WITHOUT_IDENTITY) or evaluate(text, names) is not value:
+            return None
+        tree = ast.parse(text, mode="eval").body
+        if isinstance(tree, ast.Attribute) and tree.attr in self.stored:
+            self.volatile[text] = value, names, what, user
+            return None
+        return self.pin(rooted, value, what, user)
+
+    def pin(self, rooted: tuple[str, Mapping[str, Any]], value: Any, what: str, user: str | None) -> StateRead:
+        _, first_place = self.pinned.setdefault(id(value), (value, what))
+        words = one_object(value, first_place if first_place != what else None)
+        return _state_read(what, user, rooted, "{x} is not $object", words, object=value)
+
+    def replaced(self) -> Iterator[StateRead]:
+        """For each object that calls replace: it is none of the pinned, and each other one is or isn't the same."""
+        volatile = [*self.volatile.items()]
+        for index, (text, (value, names, what, user)) in enumerate(volatile):
+            if id(value) in self.pinned:
+                yield self.pin((text, names), value, what, user)
+            else:
+                yield _state_read(
+                    what, user, (text, names), "$id({x}) in $pinned", type_name, id=id, pinned=self.pinned
+                )
+            for other, (other_value, other_names, other_what, _) in volatile[:index]:
+                both = f"({text}, {other})", {**names, **other_names}
+                same = value is other_value
+                condition = f"({{x}}[0] is {{x}}[1]) is not {same}"
+                yield _state_read(f"{what} is {other_what}", user, both, condition, _are_same)
+
+
+def _are_same(pair: tuple[Any, Any]) -> str:
+    return str(pair[0] is pair[1])
 
 
 def _read(
@@ -214,15 +238,15 @@ def _read(
     if isinstance(value, torch.Tensor):
         weight = by_tensor.get(id(value))
         if weight is None:
-            return read("{x} is not $tensor", _described, tensor=value)
+            return read("{x} is not $tensor", described, tensor=value)
         return read(
             "{x} is not $holder[$key] or {x} is None",
-            lambda now: weight.name if now is weight.holder[weight.key] else _described(now),
+            lambda now: weight.name if now is weight.holder[weight.key] else described(now),
             holder=weight.holder,
             key=weight.key,
         )
     if kind == "TYPE_MATCH":
-        return read("$type({x}) is not $expected", _type_name, type=type, expected=type(value))
+        return read("$type({x}) is not $expected", type_name, type=type, expected=type(value))
     if kind == "HASATTR":
         has = hasattr(value, str(attribute))
         return read(
@@ -238,9 +262,9 @@ def _read(
             f"($key in {{x}}) is not {there}", lambda now: f"{'with' if key in now else 'without'} {key!r}", key=key
         )
     if kind == "EMPTY_NN_MODULE_HOOKS_DICT":
-        return read("{x}", _hooks)
+        return read("{x}", number_of_hooks)
     if kind in ("DICT_KEYS_MATCH", "MAPPING_KEYS_CHECK"):
-        return read("$list({x}) != $keys", lambda now: _short(f"keys {list(now)!r}"), list=list, keys=list(value))
+        return read("$list({x}) != $keys", lambda now: short(f"keys {list(now)!r}"), list=list, keys=list(value))
     if kind == "SEQUENCE_LENGTH":
         return read(
             "$type({x}) is not $expected or $len({x}) != $length",
@@ -254,15 +278,13 @@ def _read(
         return read("{x} is None", lambda now: "None" if now is None else "not None")
     if isinstance(value, types.FunctionType):
         if kind == "CLOSURE_MATCH":  # its closure and defaults have reads of their own
-            return read("{x}.__code__ is not $code", _described, code=value.__code__)
-        return read(
-            "{x} is not $function or {x}.__code__ is not $code", _described, function=value, code=value.__code__
-        )
+            return read("{x}.__code__ is not $code", described, code=value.__code__)
+        return read("{x} is not $function or {x}.__code__ is not $code", described, function=value, code=value.__code__)
     if value is None or isinstance(value, bool):
-        return read(f"{{x}} is not {value}", _described)
+        return read(f"{{x}} is not {value}", described)
     if isinstance(value, LITERALS) or kind in ("CONSTANT_MATCH", "EQUALS_MATCH", "CONSTANT_SUBCLASS_MATCH"):
-        return read("{x} is not $value and $differs({x}, $value)", _described, value=value, differs=differs)
-    return read("{x} is not $object", _described, object=value)
+        return read("{x} is not $value and $differs({x}, $value)", described, value=value, differs=differs)
+    return read("{x} is not $object", described, object=value)
 
 
 def _own_attribute_read(read: Callable[..., StateRead], value: Any, attribute: str) -> StateRead | None:
@@ -275,52 +297,10 @@ def _own_attribute_read(read: Callable[..., StateRead], value: Any, attribute: s
     )
 
 
-def _type_name(value: Any) -> str:
-    return type(value).__qualname__
-
-
-def _hooks(value: Any) -> str:
-    return f"{len(value) or 'no'} hooks"
-
-
-_VALUES = (*LITERALS, torch.dtype, torch.device, torch.Size, torch.layout)
-
-
-def _described(value: Any) -> str:
-    """A constant, or an object in words: by its name, where it has one, with the digest of its code."""
-    if isinstance(value, torch.Tensor):
-        return f"the tensor {value.dtype} {tuple(value.shape)} of id {id(value):#x}"
-    if isinstance(value, enum.Enum):
-        return f"{type(value).__module__}.{type(value).__qualname__}.{value.name}"
-    if isinstance(value, (*_VALUES, tuple, frozenset)):
-        return _short(f"{value!r}")
-    if isinstance(value, types.FunctionType):
-        return f"{value.__module__}.{value.__qualname__}, code {code_digest(value.__code__)[:12]}"
-    if isinstance(value, types.ModuleType):
-        return f"module {value.__name__}"
-    name = getattr(value, "__qualname__", getattr(value, "__name__", None))
-    module = getattr(value, "__module__", None)
-    return f"{module}.{name}" if name and module else f"one {type(value).__name__}"
-
-
-def _has_a_name(value: Any) -> bool:
-    """Whether `_described` tells the value from every other, in another process too."""
-    if isinstance(value, tuple | frozenset):
-        return all(map(_has_a_name, value))
-    if isinstance(value, (*_VALUES, enum.Enum, type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)):
-        return True
-    return isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
-
-
-def _short(text: str) -> str:
-    """The text, or its beginning with a digest of the whole."""
-    return text if len(text) <= 200 else f"{text[:160]}… sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
 def _method_reads(classes: Iterable[type], traced: set[types.CodeType]) -> Iterator[StateRead]:
     """Methods that were inlined: a class whose method is replaced, or whose method's code is, changes the trace."""
     for cls in classes:
-        text, names = _root(cls)
+        text, names = root(cls)
         for name in sorted({name for base in cls.__mro__ for name in vars(base)}):
             method = getattr(cls, name, None)
             if isinstance(method, types.FunctionType) and method.__code__ in traced:
@@ -330,25 +310,25 @@ def _method_reads(classes: Iterable[type], traced: set[types.CodeType]) -> Itera
 def _code_read(what: str, function: types.FunctionType, rooted: tuple[str, Mapping[str, Any]]) -> StateRead:
     code = function.__code__
     user = f"{code.co_filename}:{code.co_firstlineno}"
-    return _state_read(what, user, rooted, "{x}.__code__ is not $code", _described, code=code)
+    return _state_read(what, user, rooted, "{x}.__code__ is not $code", described, code=code)
 
 
 def _owner_reads(owner: torch.nn.Module) -> Iterator[StateRead]:
     """What `module(...)` would do beside its forward, and which forward it has."""
-    text, names = _root(owner)
-    yield _state_read("self.training", None, (f"{text}.training", names), f"{{x}} is not {owner.training}", _described)
+    text, names = root(owner)
+    yield _state_read("self.training", None, (f"{text}.training", names), f"{{x}} is not {owner.training}", described)
     for hooks in _HOOKS:
         if not getattr(owner, hooks):
-            yield _state_read(f"self.{hooks}", None, (f"{text}.{hooks}", names), "{x}", _hooks)
+            yield _state_read(f"self.{hooks}", None, (f"{text}.{hooks}", names), "{x}", number_of_hooks)
     if "forward" not in vars(owner):
         own = _own_attribute_read(functools.partial(_state_read, "self", None, (text, names)), owner, "forward")
         if own is not None:
             yield own
-    text, names = _root(torch.nn.modules.module)
+    text, names = root(torch.nn.modules.module)
     for hooks in _GLOBAL_HOOKS:
         if not getattr(torch.nn.modules.module, hooks):
             what = f"torch.nn.modules.module.{hooks}"
-            yield _state_read(what, None, (f"{text}.{hooks}", names), "{x}", _hooks)
+            yield _state_read(what, None, (f"{text}.{hooks}", names), "{x}", number_of_hooks)
 
 
 def _environment_reads(traced: Iterable[types.CodeType]) -> Iterator[StateRead]:
@@ -365,7 +345,7 @@ def _environment_reads(traced: Iterable[types.CodeType]) -> Iterator[StateRead]:
         return f"other values of {', '.join(changed)}" if changed else f"{len(before)} variables"
 
     raw = {**variables._data}  # type: ignore[attr-defined]
-    text, names = _root(variables)
+    text, names = root(variables)
     condition = "{x}._data != $raw"
     yield _state_read(
         "os.environ", f"{code.co_filename}:{code.co_firstlineno}", (text, names), condition, described, raw=raw
@@ -380,8 +360,8 @@ def reads_grad_mode(facts: Iterable[GuardFact]) -> bool:
 def _global_reads(grad_mode: bool) -> Iterator[StateRead]:
     getters = {**GLOBAL_READS, **({"torch.is_grad_enabled()": torch.is_grad_enabled} if grad_mode else {})}
     for what, getter in getters.items():
-        text, names = _root(getter)
-        yield _state_read(what, None, (f"{text}()", names), "{x} != $value", _described, value=getter())
+        text, names = root(getter)
+        yield _state_read(what, None, (f"{text}()", names), "{x} != $value", described, value=getter())
 
 
 def _fold_read(folded: FoldedCall) -> StateRead:
@@ -389,23 +369,23 @@ def _fold_read(folded: FoldedCall) -> StateRead:
 
     What the user declared constant, and what is installed, is asked again by another process alone.
     """
-    function, names = _root(folded.function)
-    arguments = [_root(value) for value in folded.args]
-    named = {key: _root(value) for key, value in folded.kwargs.items()}
+    function, names = root(folded.function)
+    arguments = [root(value) for value in folded.args]
+    named = {key: root(value) for key, value in folded.kwargs.items()}
     for _, constants in (*arguments, *named.values()):
         names.update(constants)
     passed = [text for text, _ in arguments] + [f"{key}={text}" for key, (text, _) in named.items()]
     shown = [f"{value!r:.40}" for value in folded.args] + [f"{k}={v!r:.40}" for k, v in folded.kwargs.items()]
-    called = _described(folded.function).partition(",")[0]
-    known = all(map(_has_a_name, (folded.function, folded.result, *folded.args, *folded.kwargs.values())))
+    called = described(folded.function).partition(",")[0]
+    known = all(map(has_a_name, (folded.function, folded.result, *folded.args, *folded.kwargs.values())))
     when: CheckedWhen = "call" if folded.kind == "state" else "load" if known else "never"
     value = folded.result
     return StateRead(
-        StateEntry(f"{called}({', '.join(shown)})", _described(value), when, folded.user, portable=known),
+        StateEntry(f"{called}({', '.join(shown)})", described(value), when, folded.user, portable=known),
         f"{function}({', '.join(passed)})",
         f"_differs({{x}}, _v{id(value):x})",
         {**names, "_differs": differs, f"_v{id(value):x}": value},
-        _described,
+        described,
     )
 
 
@@ -415,16 +395,3 @@ def _distinct(reads: Iterable[StateRead]) -> tuple[StateRead, ...]:
     for read in reads:
         kept.setdefault((read.expression, read.condition), read)
     return tuple(kept.values())
-
-
-def _shown(name: str, scope: _Scope) -> str:
-    """The expression as its user would write it: `self.layers.0.scale`."""
-    text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", name)
-    text = re.sub(r"dict\((.*?)\.__dict__\)\['([^']*)'\]", r"\1.\2", text)
-    text = re.sub(r"G\['__import_([^']*)'\]", lambda match: match[1].replace("_dot_", "."), text)
-    text = re.sub(r"G\['__builtins_dict__[^']*'\]\['([^']*)'\]", r"\1", text)
-    text = re.sub(r"G\['([^']*)'\]", r"\1", text)
-    for prefix, value in scope.constants.items():
-        if prefix.startswith("L[") and not isinstance(value, _Cell):
-            text = text.replace(prefix, "self" if prefix == next(iter(scope.constants)) else prefix[3:-2])
-    return re.sub(r"L\['([^']*)'\]", r"\1", text)

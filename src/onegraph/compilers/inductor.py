@@ -26,6 +26,7 @@ from onegraph.ir.key import Key
 from onegraph.ir.piece import Piece
 from onegraph.ir.target import Target
 from onegraph.torch_compat import inductor
+from onegraph.torch_compat.shapes import RawCondition
 
 WRAPPER, CONSTANTS = "wrapper.py", "constants.pt"
 
@@ -39,7 +40,15 @@ class InProcess:
     mutates_inputs: bool
 
 
-def compile_artifact(piece: Piece, key: Key | None, target: Target, options: dict[str, Any]) -> Artifact | InProcess:
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled piece, and the conditions on sizes that Inductor relies on beside those of the shape environment."""
+
+    made: Artifact | InProcess
+    conditions: tuple[RawCondition, ...]
+
+
+def compile_artifact(piece: Piece, key: Key | None, target: Target, options: dict[str, Any]) -> Compiled:
     """Compiles the piece; must run inside `torch_compat.dynamo.compile_scope`.
 
     Raises CompileError, which names the piece and says what torch or the toolchain said.
@@ -63,14 +72,14 @@ def compile_artifact(piece: Piece, key: Key | None, target: Target, options: dic
         assert output.callable is not None and output.link is not None
         with _in_files(target.build_kernels(output.kernels)) as paths:
             output.link(target.load_kernels(paths))
-        return InProcess(output.callable, output.not_portable, output.mutates_inputs)
+        return Compiled(InProcess(output.callable, output.not_portable, output.mutates_inputs), output.conditions)
     source, kernels = take_apart(output.source, output.kernels)
     files = {WRAPPER: source.encode(), **target.build_kernels(kernels)}
     if output.constants:
         buffer = io.BytesIO()
         torch.save(output.constants, buffer)
         files[CONSTANTS] = buffer.getvalue()
-    return Artifact(
+    artifact = Artifact(
         key=key or Key("", {}),
         files=files,
         aliases=output.aliases,
@@ -78,6 +87,7 @@ def compile_artifact(piece: Piece, key: Key | None, target: Target, options: dic
         seconds=time.perf_counter() - started,
         facts={"num_kernels": len(kernels), "num_ops": len(piece.graph_module.graph.nodes)},
     )
+    return Compiled(artifact, output.conditions)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch._dynamo import symbolic_convert
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from onegraph.torch_compat import pytree
-from onegraph.torch_compat.shapes import is_torch_file
+from onegraph.torch_compat.shapes import is_torch_file, user_line
 
 _HOST_METHODS = {"item": ".item()", "tolist": ".tolist()", "cpu": ".cpu()"}
 
@@ -44,7 +43,7 @@ class GraphBreak:
 def host_reads(graph_module: torch.fx.GraphModule) -> tuple[HostRead, ...]:
     """Reads on the host that Dynamo has put into its graph, in order; each would stop an accelerator's queue."""
     reads = (
-        HostRead(what, _user_line(node.meta.get("stack_trace")))
+        HostRead(what, user_line(node.meta.get("stack_trace")))
         for node in graph_module.graph.nodes
         if (what := _host_read(node)) is not None
     )
@@ -59,13 +58,6 @@ def _host_read(node: torch.fx.Node) -> str | None:
     if node.op == "call_function" and getattr(node.target, "__module__", None) == "torch._dynamo.utils":
         return "numpy" if "numpy" in type(node.target).__name__.lower() else None
     return None
-
-
-def _user_line(stack_trace: str | None) -> str | None:
-    """The innermost frame of the user's code in a node's stack trace."""
-    places = re.findall(r'File "(.+?)", line (\d+)', stack_trace or "")
-    users = [place for place in places if not is_torch_file(place[0])] or places
-    return f"{users[-1][0]}:{users[-1][1]}" if users else None
 
 
 def further_breaks(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[GraphBreak, ...]:

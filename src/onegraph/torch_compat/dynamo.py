@@ -33,6 +33,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from onegraph.torch_compat.folds import FoldedCall, folded_calls
 from onegraph.torch_compat.guards import GuardFact, guard_facts
+from onegraph.torch_compat.identity import ComparedTensors, compared_tensors
 from onegraph.torch_compat.shapes import RawCondition, asserted_while_tracing
 
 COMPILE_LOCK = threading.RLock()
@@ -53,7 +54,8 @@ class ChangedState:
 @dataclass(frozen=True)
 class RawCapture:
     """What Dynamo found. `sources` gives, for each placeholder, where residual code takes its value from;
-    `globals_read` is the `G` of the guards' expressions."""
+    `globals_read` is the `G` of the guards' expressions; `stored_attributes` are the names of the attributes that
+    residual code sets, of whatever object."""
 
     graph_module: torch.fx.GraphModule
     sources: tuple[str, ...]
@@ -62,9 +64,11 @@ class RawCapture:
     globals_read: Mapping[str, Any]
     asserted: tuple[RawCondition, ...]
     folded: tuple[FoldedCall, ...]
+    compared: tuple[ComparedTensors, ...]
     traced_code: tuple[types.CodeType, ...]
     make_callable: Callable[[Callable[..., Any]], Callable[..., Any]]
     stored_globals: tuple[str, ...]
+    stored_attributes: frozenset[str]
     changed_state: tuple[ChangedState, ...]
 
 
@@ -143,6 +147,7 @@ def capture(
         symbolic_config.patch(backed_size_oblivious=size_oblivious),
         asserted_while_tracing() as asserted,
         folded_calls() as folded,
+        compared_tensors() as compared,
     ):
         warnings.filterwarnings("ignore", "Dynamo does not know how to trace")  # the error that follows says it
         output = convert_frame._fullgraph_capture_frame(frame)
@@ -172,15 +177,29 @@ def capture(
         globals_read=graph_output.output_graph.global_scope,
         asserted=tuple(asserted),
         folded=tuple(folded),
+        compared=tuple(compared),
         traced_code=tuple(graph_output.traced_code),
         make_callable=make_callable,
         stored_globals=_stored_globals(graph_output.bytecode),
+        stored_attributes=frozenset(_stored_attributes(graph_output.bytecode)),
         changed_state=tuple(_changed_state(graph_output.bytecode, guards)),
     )
 
 
 def _stored_globals(code: types.CodeType) -> tuple[str, ...]:
     return tuple(str(i.argval) for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"))
+
+
+def _stored_attributes(code: types.CodeType) -> Iterator[str]:
+    setting = False
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("STORE_ATTR", "DELETE_ATTR"):
+            yield instruction.argval
+        elif instruction.argval == "object_setattr_ignore_descriptor":
+            setting = True
+        elif setting and instruction.opname == "LOAD_CONST" and isinstance(instruction.argval, str):
+            yield instruction.argval
+            setting = False
 
 
 def _changed_state(code: types.CodeType, guards: tuple[GuardFact, ...]) -> Iterator[ChangedState]:

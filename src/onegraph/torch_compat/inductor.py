@@ -21,6 +21,7 @@ from torch._inductor import async_compile, compile_fx
 from onegraph.errors import ConfigError, nearest
 from onegraph.ir.artifact import OutputAlias
 from onegraph.ir.target import KernelSource
+from onegraph.torch_compat.shapes import RawCondition, squeezed_sizes
 from onegraph.torch_compat.toolchain import python_headers_not_needed
 
 _HOOKS = (
@@ -33,15 +34,17 @@ _HOOKS = (
     "_post_fusion_custom_pass",
 )
 
+_FIRST_PASS = "joint_custom_pre_pass"
+
 
 @dataclass(frozen=True)
 class InductorOutput:
     """What Inductor made of a graph.
 
     `source` is the wrapper as Inductor wrote it; `kernels` are what it would have built; `constants` are
-    tensors that the wrapper reads by name; `aliases` are the outputs that share memory with an input. With
-    `not_portable` set, only `callable` is usable, after `link` gave it its built kernels by their names; the
-    text says why.
+    tensors that the wrapper reads by name; `aliases` are the outputs that share memory with an input;
+    `conditions` are those on sizes that torch relies on and doesn't tell. With `not_portable` set, only `callable`
+    is usable, after `link` gave it its built kernels by their names; the text says why.
     """
 
     source: str
@@ -52,6 +55,7 @@ class InductorOutput:
     not_portable: str | None
     link: Callable[[Mapping[str, Any]], None] | None = None
     mutates_inputs: bool = True
+    conditions: tuple[RawCondition, ...] = ()
 
 
 def compile_graph(
@@ -67,8 +71,18 @@ def compile_graph(
     collected: list[KernelSource] = []
     unbuilt: dict[str, _Unbuilt] = {}
     graphs: list[Any] = []
+    conditions: list[RawCondition] = []
+    memory: list[torch.fx.Node] = []
+    users = options.get(_FIRST_PASS, getattr(torch._inductor.config, _FIRST_PASS))
+
+    def first_pass(graph: torch.fx.Graph) -> None:
+        memory[:] = map(_viewed, _outputs(graph))
+        for users_pass in users if isinstance(users, list | tuple) else [users] if users is not None else []:
+            users_pass(graph)
 
     def inner_compile(gm: Any, example_inputs: Any, **kwargs: Any) -> Any:
+        _keep_outputs_apart(gm, memory)
+        conditions.extend(squeezed_sizes(gm))
         output = compile_fx.compile_fx_inner(gm, example_inputs, **kwargs)
         graphs.append(output)
         return output
@@ -76,7 +90,9 @@ def compile_graph(
     context = torch._guards.TracingContext(fake_mode)
     collecting = _collect_kernels(collected, unbuilt)
     with torch.no_grad(), torch._guards.tracing(context), collecting, python_headers_not_needed():
-        function = compile_fx.compile_fx(graph_module, fake_inputs, inner_compile=inner_compile, config_patches=options)
+        function = compile_fx.compile_fx(
+            graph_module, fake_inputs, inner_compile=inner_compile, config_patches={**options, _FIRST_PASS: first_pass}
+        )
         metadata = context.fw_metadata
     mutates_inputs = metadata is None or any(info.mutates_data for info in metadata.input_info)
     reason = _why_not_portable(graphs, metadata, fake_inputs, collected)
@@ -86,7 +102,7 @@ def compile_graph(
             for name, kernel in unbuilt.items():
                 kernel.built = built[name]
 
-        return InductorOutput("", tuple(collected), {}, (), function, reason, link, mutates_inputs)
+        return InductorOutput("", tuple(collected), {}, (), function, reason, link, mutates_inputs, tuple(conditions))
     return InductorOutput(
         source=graphs[0].source_code,
         kernels=tuple(collected),
@@ -95,7 +111,51 @@ def compile_graph(
         callable=None,
         not_portable=None,
         mutates_inputs=mutates_inputs,
+        conditions=tuple(conditions),
     )
+
+
+def _keep_outputs_apart(gm: torch.fx.GraphModule, memory: list[torch.fx.Node]) -> None:
+    """Copies outputs that passes have put into the memory of an input or of another output.
+
+    `memory` are the nodes whose memory the outputs showed before. Inductor's joint passes take `x + zeros` for `x`,
+    with no look at what is an output (torch 2.13).
+    """
+    (output,) = gm.graph.find_nodes(op="output")
+    values = _outputs(gm.graph)
+    taken: dict[Any, Any] = {}
+    copies = {}
+    for index, (value, before) in enumerate(zip(values, memory, strict=True)):
+        now = _viewed(value)
+        merged = isinstance(now, torch.fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+        if merged and (taken.setdefault(now, before) is not before or (now.op, before.op).count("placeholder") == 1):
+            with gm.graph.inserting_before(output):
+                copied = gm.graph.call_function(torch.ops.aten.clone.default, (value,))
+            copied.meta = dict(value.meta, val=value.meta["val"].clone())
+            copies[index] = copied
+    if copies:
+        output.args = ([copies.get(index, value) for index, value in enumerate(values)],)
+        gm.recompile()
+
+
+def _outputs(graph: torch.fx.Graph) -> list[Any]:
+    (output,) = graph.find_nodes(op="output")
+    return list(output.args[0])
+
+
+def _viewed(node: Any) -> Any:
+    """The node whose memory a chain of views shows; what isn't a node is itself."""
+    while (
+        isinstance(node, torch.fx.Node)
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.args
+        and isinstance(node.args[0], torch.fx.Node)
+    ):
+        alias = node.target._schema.arguments[0].alias_info
+        if alias is None or alias.is_write:
+            break
+        node = node.args[0]
+    return node
 
 
 class _Unbuilt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,6 +98,41 @@ def _ranges(shape_env: Any) -> Iterator[RawCondition]:
 def is_torch_file(filename: str) -> bool:
     """Whether a traceback's file belongs to torch, so that it isn't the user's line."""
     return "/torch/" in filename or filename.startswith("<")
+
+
+def user_line(stack_trace: str | None) -> str | None:
+    """The innermost frame of the user's code in a node's stack trace, as `file:line`."""
+    places = re.findall(r'File "(.+?)", line (\d+)', stack_trace or "")
+    users = [place for place in places if not is_torch_file(place[0])] or places
+    return f"{users[-1][0]}:{users[-1][1]}" if users else None
+
+
+def squeezed_sizes(graph_module: torch.fx.GraphModule) -> list[RawCondition]:
+    """That no size which `squeeze` meets is 1: tracing takes an unknown size for another, and tells nobody."""
+    found = []
+    for node in graph_module.graph.nodes:
+        squeezed = node.args[0] if _is_squeeze(node) and node.args else node.kwargs.get("input")
+        tensor = _value(squeezed) if _is_squeeze(node) else None
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", range(tensor.dim()))
+        for dim in [dims] if isinstance(dims, int) else dims:
+            size = tensor.shape[dim] if tensor.dim() else 1
+            if isinstance(size, torch.SymInt):
+                expr = sympy.Ne(size.node.expr, 1, evaluate=False)
+                found.append(RawCondition(expr, user_line(node.meta.get("stack_trace")), None))
+    return found
+
+
+def _is_squeeze(node: torch.fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("squeeze", "squeeze_")
+    packet = getattr(node.target, "overloadpacket", None)
+    return node.op == "call_function" and (node.target is torch.squeeze or packet is torch.ops.aten.squeeze)
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, torch.fx.Node) else None
 
 
 def proven_by_ranges(expr: Any, ranges: Mapping[Any, tuple[int, int]]) -> bool:

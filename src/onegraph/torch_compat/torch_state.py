@@ -34,6 +34,11 @@ def compile_state() -> dict[str, Any]:
     }
 
 
+def is_operator(value: Any) -> bool:
+    """Whether the value is an operator, or all overloads of one."""
+    return isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+
+
 def is_composite(op: Any) -> bool:
     """Whether an operator (an OpOverload) is a composition of others, which a compiler traces through."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"))

@@ -1,0 +1,118 @@
+"""The expressions of Dynamo's guards, rooted in objects: readable at any time, without the frame that was traced.
+
+Takes an expression over the traced function's locals and globals (`L['self'].scale`, `G['TABLE']['first']`); gives
+the expression with its roots replaced by names, these names, and the text that the user would write.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from onegraph.capture.inputs import CallInputs
+from onegraph.capture.state_check import LITERALS
+from onegraph.torch_compat.guards import expression_scope
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What the names in guard expressions mean: `constants` are objects that stand for whole prefixes."""
+
+    globals_read: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    functions: Mapping[str, Any]
+
+
+def scope_of(function: Any, owner: Any, inputs: CallInputs, globals_read: Mapping[str, Any]) -> Scope:
+    constants: dict[str, Any] = {}
+    if owner is not None:
+        constants[f"L['{function.__code__.co_varnames[0]}']"] = owner
+    for leaf in inputs.leaves:
+        if not isinstance(leaf.value, (torch.Tensor, *LITERALS)):
+            constants[leaf.source] = constants[leaf.indexed_source] = leaf.value
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        constants[f"L['{name}']"] = constants[f"L[{name!r}]"] = _Cell(cell)
+    return Scope(globals_read, constants, expression_scope())
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Marks a local of the traced function that is a closure variable, read through its cell."""
+
+    cell: Any
+
+
+def rooted_expression(name: str, scope: Scope) -> tuple[str, dict[str, Any]] | None:
+    """The guard's expression with its roots replaced by names, and these names; None if it is about an argument."""
+    tree = ast.parse(name, mode="eval").body
+    roots = _Roots(scope)
+    text = ast.unparse(roots.visit(tree))
+    return None if roots.is_argument else (text, roots.names)
+
+
+class _Roots(ast.NodeTransformer):
+    """Replaces `L[...]`, `G[...]` and function names by names of constants; drops copies (`dict(x)['a']`)."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope, self.is_argument = scope, False
+        self.names: dict[str, Any] = {}
+
+    def constant(self, value: Any) -> ast.Name:
+        name = f"_k{id(value):x}"
+        self.names[name] = value
+        return ast.Name(name, ast.Load())
+
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.Subscript | ast.Attribute):
+            known = self.scope.constants.get(ast.unparse(node), self)
+            if isinstance(known, _Cell):
+                return ast.Attribute(self.constant(known.cell), "cell_contents", ast.Load())
+            if known is not self:
+                return self.constant(known)
+        return super().visit(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> Any:
+        if isinstance(node.value, ast.Name) and node.value.id == "L":
+            self.is_argument = True
+        if isinstance(node.value, ast.Name) and node.value.id == "G" and isinstance(node.slice, ast.Constant):
+            key = str(node.slice.value)
+            if key.startswith(("__import_", "__builtins_dict__")):  # Dynamo's own names for a module
+                return self.constant(self.scope.globals_read[key])
+            return ast.Subscript(self.constant(self.scope.globals_read), node.slice, ast.Load())
+        if (
+            isinstance(node.value, ast.Call)
+            and isinstance(node.value.func, ast.Name)
+            and node.value.func.id == "dict"
+            and ast.unparse(node.value).endswith(".__dict__)")
+        ):
+            return self.generic_visit(ast.Subscript(node.value.args[0], node.slice, ast.Load()))
+        return self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> Any:
+        if node.id in self.scope.functions:
+            return self.constant(self.scope.functions[node.id])
+        return node
+
+
+def root(value: Any) -> tuple[str, dict[str, Any]]:
+    """An object as the root of an expression."""
+    name = f"_k{id(value):x}"
+    return name, {name: value}
+
+
+def as_written(name: str, scope: Scope) -> str:
+    """The expression as its user would write it: `self.layers.0.scale`."""
+    text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", name)
+    text = re.sub(r"dict\((.*?)\.__dict__\)\['([^']*)'\]", r"\1.\2", text)
+    text = re.sub(r"G\['__import_([^']*)'\]", lambda match: match[1].replace("_dot_", "."), text)
+    text = re.sub(r"G\['__builtins_dict__[^']*'\]\['([^']*)'\]", r"\1", text)
+    text = re.sub(r"G\['([^']*)'\]", r"\1", text)
+    for prefix, value in scope.constants.items():
+        if prefix.startswith("L[") and not isinstance(value, _Cell):
+            text = text.replace(prefix, "self" if prefix == next(iter(scope.constants)) else prefix[3:-2])
+    return re.sub(r"L\['([^']*)'\]", r"\1", text)
