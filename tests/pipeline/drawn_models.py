@@ -389,6 +389,7 @@ def output_aliasing(r: Random, ranges: tuple[int, int]) -> Part:
             "outs['kept_#'] = self.kept_#[1:]",
             "outs['twice_#'] = (h, h)",
             "outs['detached_#'] = x.detach()",
+            "outs['unchanged_#'] = h + torch.zeros(n, 4)\nouts['ones_#'] = x * torch.ones(n, 4)",
         ]
     )
     return Part(init="self.register_buffer('kept_#', torch.arange(4.0))", body=body)
@@ -632,6 +633,59 @@ def swapped_function(r: Random, ranges: tuple[int, int]) -> Part:
     return Part(before=before, init=init, body=body, changes=changes)
 
 
+def identity(r: Random, ranges: tuple[int, int]) -> Part:
+    """Objects and tensors that are one object or two, in the module, in globals and among the arguments."""
+    before = "class Mode_#:\n    gain = 2.0\nONE_# = Mode_#()\nOTHER_# = Mode_#()"
+    tied = "self.left_# = nn.Parameter(torch.ones(4))\nself.right_# = self.left_#"
+    return r.choice(
+        [
+            Part(
+                before=before,
+                init="self.mode_# = ONE_#",
+                body="h = h * (self.mode_#.gain + 1 if self.mode_# is ONE_# else 5)",
+                changes=("model.mode_# = OTHER_#", "model.mode_# = Mode_#()", "ONE_# = Mode_#()"),
+            ),
+            Part(
+                before=before,
+                init="self.modes_# = [ONE_#, OTHER_#]",
+                body="h = h * (3 if ONE_# in self.modes_#[1:] else 5)",
+                changes=("model.modes_#[1] = ONE_#", "model.modes_#[:] = [OTHER_#, ONE_#]"),
+            ),
+            Part(
+                before=f"{before}\ndef gain_#(mode, gains={{ONE_#: 2.0, OTHER_#: 3.0}}):\n    return gains[mode]",
+                init="self.mode_# = ONE_#",
+                body="h = h * gain_#(self.mode_#)",
+                changes=("model.mode_# = OTHER_#", "gain_#.__defaults__[0][ONE_#] = 4.0"),
+                allowed=BREAKS,
+            ),
+            Part(
+                init=tied,
+                body="h = h * (3 if self.left_# is self.right_# else 5) + self.right_#",
+                changes=("model.right_# = nn.Parameter(torch.full((4,), 2.0))", "model.left_# = model.right_#"),
+            ),
+            Part(
+                parameter="i#",
+                argument="[rand(n, 4)] * 2 if call % 2 else [rand(n, 4), rand(n, 4)]",
+                dims="[{0: N}, {0: N}]",
+                body="h = h + i#[0] * (3 if i#[0] is i#[1] else 5)",
+                allowed=CONTRACT,
+            ),
+            Part(
+                parameter="i#",
+                argument="(lambda one: (one, one) if call % 2 else (one, [1.0]))([1.0])",
+                body="i#[0].append(2.0)\nh = h * len(i#[1])",
+                allowed=CONTRACT | BREAKS,
+            ),
+            Part(
+                before=before,
+                init="self.last_# = ONE_#\nself.first_# = ONE_#",
+                body="h = h * (3 if self.last_# is self.first_# else 5)\nself.last_# = OTHER_#",
+                changes=("model.last_# = model.first_#",),
+            ),
+        ]
+    )
+
+
 CONSTRUCTS: dict[str, Draw] = {
     draw.__name__: draw
     for draw in (
@@ -639,7 +693,7 @@ CONSTRUCTS: dict[str, Draw] = {
         global_state, closure_cell, environment_read, folded_call, table_by_size, buffer_mutation, input_mutation,
         output_aliasing, random_op, python_random, optional_argument, odd_tensor, slice_by_size, where, data_dependent,
         replaced_weights, module_tree, training_flag, torch_global_state, signed_constants, python_effect,
-        size_zero_or_one, size_in_result, shared_inputs, swapped_function,
+        size_zero_or_one, size_in_result, shared_inputs, swapped_function, identity,
     )
 }  # fmt: skip
 

@@ -150,7 +150,7 @@ def _captured_graph(
     else:
         found = judge_region(conditions, inputs.dims, symbols, "capture", split)
     _refuse_hidden_tensors(inputs, fakes)
-    compared = [(pair.left, pair.right) for pair in raw.compared]
+    compared = [(pair.left, pair.right) for pair in raw.identities.compared]
     contract = input_contract(inputs, fakes, symbols, required_alignment, compared)
     state = state_reads(
         raw.guards,
@@ -161,7 +161,7 @@ def _captured_graph(
         globals_read=raw.globals_read,
         traced_code=raw.traced_code,
         folded=raw.folded,
-        compared=raw.compared,
+        identities=raw.identities,
         stored_attributes=raw.stored_attributes,
     )
     residual_self = () if owner is None else (owner,)

@@ -13,7 +13,6 @@ import functools
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from onegraph.ir.graph import WeightInput
 from onegraph.ir.ledger import CheckedWhen, StateEntry, StateRead
 from onegraph.torch_compat.folds import FoldedCall
 from onegraph.torch_compat.guards import GuardFact
-from onegraph.torch_compat.identity import ComparedTensors
+from onegraph.torch_compat.identity import Identities, Places
 from onegraph.torch_compat.shapes import is_torch_file
 from onegraph.torch_compat.torch_state import GLOBAL_READS
 
@@ -52,6 +51,7 @@ _CHECKED_ELSEWHERE = frozenset(
         "DETERMINISTIC_ALGORITHMS",
         "TORCH_FUNCTION_STATE",
         "FSDP_TRAINING_STATE",
+        "DUPLICATE_INPUT",  # `identities` has all of them
     }
 )
 
@@ -66,7 +66,7 @@ def state_reads(
     globals_read: Mapping[str, Any],
     traced_code: Iterable[types.CodeType],
     folded: Iterable[FoldedCall],
-    compared: Iterable[ComparedTensors],
+    identities: Identities,
     stored_attributes: frozenset[str],
 ) -> tuple[StateRead, ...]:
     """One read for each fact of the trace that isn't about an argument, in a stable order.
@@ -81,8 +81,8 @@ def state_reads(
     by_tensor = {id(weight.holder[weight.key]): weight for weight in weights}
     reads: list[StateRead] = []
     classes: dict[int, type] = {}
-    identities = _Identities(stored_attributes)
-    for fact in _spread(facts):
+    objects = _Objects(stored_attributes)
+    for fact in _with_other_places(facts, identities.same):
         expression = rooted_expression(fact.name, scope)
         if expression is None and fact.kind == "ID_MATCH":
             raise CaptureError(
@@ -101,18 +101,18 @@ def state_reads(
                 hint="keep such a value in a plain attribute, or pass it as an argument",
             ) from error
         shown = as_written(fact.name, scope)
-        pinned = identities.add(expression, value, shown, fact.user)
+        pinned = objects.add(expression, value, shown, fact.user)
         reads += [pinned] if pinned is not None else []
-        if isinstance(value, torch.Tensor) or not (
-            fact.kind == "DUPLICATE_INPUT" or (pinned and fact.kind == "TYPE_MATCH")
-        ):
+        known = pinned is not None or expression[0] in objects.volatile
+        told = (fact.kind == "SAME" and known) or (fact.kind == "TYPE_MATCH" and pinned is not None)
+        if isinstance(value, torch.Tensor) or not told:
             read = _read(fact, expression, value, by_tensor, shown)
             reads += [read] if read is not None else []
         if fact.kind == "TYPE_MATCH" and type(value) not in (dict, list, tuple):
             classes[id(type(value))] = type(value)
-    reads += _compared_reads(compared, scope)
+    reads += _compared_reads(identities.compared, scope)
     codes = set(traced_code)
-    reads += identities.replaced()
+    reads += objects.replaced()
     reads += _method_reads(classes.values(), codes)
     reads.append(_code_read(function.__qualname__, function, root(function)))
     if isinstance(owner, torch.nn.Module):
@@ -123,16 +123,17 @@ def state_reads(
     return _distinct(reads)
 
 
-def _spread(facts: Iterable[GuardFact]) -> Iterator[GuardFact]:
-    """The facts about state; that one object stands at two places is a fact about each."""
+def _with_other_places(facts: Iterable[GuardFact], same: Iterable[Places]) -> Iterator[GuardFact]:
+    """The facts about state, and of the kind SAME that an object which was read stands at each of its places."""
     for fact in facts:
         if fact.name and fact.kind not in _CHECKED_ELSEWHERE:
             yield fact
-            if "source_b" in fact.keywords:
-                yield replace(fact, name=fact.keywords["source_b"])
+    for pair in same:
+        yield GuardFact(pair.left, "SAME", pair.user, {})
+        yield GuardFact(pair.right, "SAME", pair.user, {})
 
 
-def _compared_reads(compared: Iterable[ComparedTensors], scope: Scope) -> Iterator[StateRead]:
+def _compared_reads(compared: Iterable[Places], scope: Scope) -> Iterator[StateRead]:
     """Two tensors of the module that the trace compared; those of the call are the input contract's."""
     for pair in compared:
         roots = rooted_expression(pair.left, scope), rooted_expression(pair.right, scope)
@@ -185,7 +186,7 @@ _WITHOUT_IDENTITY = (
 """Values that are compared otherwise, or that a program doesn't tell from their equals."""
 
 
-class _Identities:
+class _Objects:
     """Which object stands at which place: pinned where it stays, else told from all others."""
 
     def __init__(self, stored_attributes: frozenset[str]) -> None:

@@ -33,7 +33,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from onegraph.torch_compat.folds import FoldedCall, folded_calls
 from onegraph.torch_compat.guards import GuardFact, guard_facts
-from onegraph.torch_compat.identity import ComparedTensors, compared_tensors
+from onegraph.torch_compat.identity import Identities, identities
 from onegraph.torch_compat.shapes import RawCondition, asserted_while_tracing
 
 COMPILE_LOCK = threading.RLock()
@@ -64,7 +64,7 @@ class RawCapture:
     globals_read: Mapping[str, Any]
     asserted: tuple[RawCondition, ...]
     folded: tuple[FoldedCall, ...]
-    compared: tuple[ComparedTensors, ...]
+    identities: Identities
     traced_code: tuple[types.CodeType, ...]
     make_callable: Callable[[Callable[..., Any]], Callable[..., Any]]
     stored_globals: tuple[str, ...]
@@ -147,7 +147,7 @@ def capture(
         symbolic_config.patch(backed_size_oblivious=size_oblivious),
         asserted_while_tracing() as asserted,
         folded_calls() as folded,
-        compared_tensors() as compared,
+        identities() as decided,
     ):
         warnings.filterwarnings("ignore", "Dynamo does not know how to trace")  # the error that follows says it
         output = convert_frame._fullgraph_capture_frame(frame)
@@ -177,7 +177,7 @@ def capture(
         globals_read=graph_output.output_graph.global_scope,
         asserted=tuple(asserted),
         folded=tuple(folded),
-        compared=tuple(compared),
+        identities=decided,
         traced_code=tuple(graph_output.traced_code),
         make_callable=make_callable,
         stored_globals=_stored_globals(graph_output.bytecode),

@@ -21,7 +21,7 @@ class GuardFact:
 
     `name` is a Python expression over `L` (the traced function's locals), `G` (its globals) and the functions of
     `expression_scope`; empty for torch's global state. `kind` is the name of Dynamo's check, `keywords` what it
-    was given (`attr`, `key`, `source_b`: the expression of the same object), `user` the `file:line` that read the
+    was given (`attr`, `key`), `user` the `file:line` that read the
     value, outside of torch if there is one.
     """
 
@@ -38,8 +38,7 @@ def guard_facts(guards: Any) -> Iterator[GuardFact]:
         keywords = dict(getattr(guard.create_fn, "keywords", None) or {})
         keywords.pop("recompile_hint", None)
         keywords.pop("value", None)  # a weak reference to the example tensor
-        if "source_b" in keywords:
-            keywords["source_b"] = keywords["source_b"].name
+        keywords.pop("source_b", None)  # another place of the object; `identity` tells all of them
         frames = list(guard.user_stack or ())
         frame = next((f for f in reversed(frames) if not is_torch_file(f.filename)), frames[-1] if frames else None)
         user = f"{frame.filename}:{frame.lineno}" if frame is not None else None

@@ -1,7 +1,7 @@
-"""Questions of identity between tensors (`a is b`, a tensor as a key) that tracing answers for good, with no guard.
+"""What tracing decides by identity, once and for all: objects that stand at two places, tensors compared by `is`.
 
-Torch's own guards assume that tensors of a call which are different objects stay so; between tensors of the module,
-or one of them and an argument, nothing says that a trace depends on it.
+Torch guards the first where both places are locals or both are globals, and takes the second for settled: its
+guards assume that tensors of a call which are different objects stay so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch._dynamo.variables import builtin
+from torch._dynamo.variables import builder, builtin
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._guards import TracingContext
 
@@ -20,51 +20,68 @@ from onegraph.torch_compat.shapes import is_torch_file
 
 
 @dataclass(frozen=True)
-class ComparedTensors:
-    """Two tensors that the traced code compared, as the sources of guards; `user` is the `file:line`."""
+class Places:
+    """Two places as the sources of guards; `user` is the `file:line` of the traced code."""
 
     left: str
     right: str
     user: str | None
 
 
-@contextmanager
-def compared_tensors() -> Iterator[list[ComparedTensors]]:
-    """Collects the pairs of different tensors with a source that are compared by identity in the traces inside.
+@dataclass(frozen=True)
+class Identities:
+    """`same` are places of one object; `compared` are places of tensors that the traced code took for two.
 
     Tensors that are hashed are taken as compared with one another.
     """
-    found: list[ComparedTensors] = []
-    hashed: list[str] = []
-    example_value, hash_impl = builtin.extract_fake_example_value, TensorVariable.hash_impl
 
-    def noted(left: Any, right: Any) -> None:
+    same: list[Places]
+    compared: list[Places]
+
+
+@contextmanager
+def identities() -> Iterator[Identities]:
+    """Collects what the traces inside decide by identity."""
+    found = Identities([], [])
+    hashed: list[str] = []
+    example_value, hash_impl, dupe_guard = (
+        builtin.extract_fake_example_value,
+        TensorVariable.hash_impl,
+        builder.make_dupe_guard,
+    )
+
+    def noted(pairs: list[Places], left: str | None, right: str | None) -> None:
         if left is not None and right is not None and left != right:
             frames = [f for f in TracingContext.extract_stack() if not is_torch_file(f.filename)]
-            user = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
-            found.append(ComparedTensors(left, right, user))
+            pairs.append(Places(left, right, f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None))
+
+    def seen_before(obj_source: Any, dupe_source: Any) -> Any:
+        noted(found.same, obj_source.name, None if dupe_source is None else dupe_source.name)
+        return dupe_guard(obj_source, dupe_source)
 
     def extract(*args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1)
         if caller.f_code.co_name == "_comparison_with_tensor":  # whose handlers are bound before any hook
-            noted(_source(caller.f_locals["left"]), _source(caller.f_locals["right"]))
+            noted(found.compared, _source(caller.f_locals["left"]), _source(caller.f_locals["right"]))
         return example_value(*args, **kwargs)
 
     def hashing(self: Any, tx: Any) -> Any:
         source = _source(self)
         for other in hashed:
-            noted(other, source)
+            noted(found.compared, other, source)
         if source is not None and source not in hashed:
             hashed.append(source)
         return hash_impl(self, tx)
 
     builtin.extract_fake_example_value = extract
     TensorVariable.hash_impl = hashing  # type: ignore[method-assign]
+    builder.make_dupe_guard = seen_before
     try:
         yield found
     finally:
         builtin.extract_fake_example_value = example_value
         TensorVariable.hash_impl = hash_impl  # type: ignore[method-assign]
+        builder.make_dupe_guard = dupe_guard
 
 
 def _source(variable: Any) -> str | None:
