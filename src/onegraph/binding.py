@@ -18,6 +18,7 @@ from onegraph.errors import InputContractError
 from onegraph.ir.artifact import PieceCallable
 from onegraph.ir.graph import CapturedGraph, WeightInput
 from onegraph.ir.ledger import StateEntry
+from onegraph.torch_compat.torch_state import set_grad_enabled
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: b
     fakes = captured.fake_inputs[len(places) :]
     tensors = [index for index, fake in enumerate(fakes) if isinstance(fake, torch.Tensor)] if mutates_inputs else []
     num_storages = _num_storages([fakes[index] for index in tensors])
-    is_grad_enabled, no_grad, is_not = torch.is_grad_enabled, torch.no_grad, operator.is_not
+    is_grad_enabled, is_not = torch.is_grad_enabled, operator.is_not
 
     def run(*inputs: Any) -> Any:
         nonlocal known
@@ -58,8 +59,11 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: b
         if tensors and _num_storages([inputs[index] for index in tensors]) != num_storages:
             _refuse_sharing(captured, num_storages)
         if is_grad_enabled():
-            with no_grad():
+            set_grad_enabled(False)
+            try:
                 return call(*weights, *inputs)
+            finally:
+                set_grad_enabled(True)
         return call(*weights, *inputs)
 
     def fit() -> bool:

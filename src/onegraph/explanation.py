@@ -122,6 +122,7 @@ class Explanation:
             )
         for entry in self.ledger.shapes:
             lines.append(f"  {entry.effect}: {entry.expr}  ({entry.stage}, {entry.user or entry.framework or 'torch'})")
+        lines += [f"  for this process alone: {reason}" for reason in self.ledger.unindexable]
         for op in self.custom_ops:
             state = "checked on the first call's values" if op.checked else "pending: to be checked on a call's values"
             lines.append(f"op       {op.name}  {state}  ({op.user})")

@@ -115,7 +115,8 @@ def build(
     entry = made[0].captured.bind_entry([(one.region.predicate, one.call) for one in made])
     if config.freeze:
         return Built(entry, explanation)
-    state = tuple(read for one in made for read in one.captured.state if read.entry.checked == "call")
+    reads = (read for one in made for read in one.captured.state if read.entry.checked == "call")
+    state = tuple({(read.expression, read.condition): read for read in reads}.values())  # regions share most
     return Built(
         entry,
         explanation,

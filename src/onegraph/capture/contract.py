@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from onegraph.capture.fast_contract import fast_path
 from onegraph.capture.inputs import CallInputs, Container, Leaf, out_of_range
 from onegraph.capture.regions import PREDICATE_FUNCTIONS, predicate_code
 from onegraph.capture.state_check import differs
@@ -23,14 +24,13 @@ from onegraph.errors import CaptureError, ConfigError, ConstraintError, InputCon
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import InputEntry
 from onegraph.torch_compat import shapes
-from onegraph.torch_compat.tensor_checks import tensor_check
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _COMPARED = (enum.Enum, torch.Size, slice, range, frozenset, torch.layout, torch.memory_format)
 
 
 _GENERATED_NAMES = re.compile(
-    r"_[cns]\d+|_call\d+|_break|_differs|_outside|_uncovered|_grad_enabled|_no_gradients|_autocast_enabled"
+    r"_[cnsx]\d+|_call\d+|_break|_differs|_outside|_uncovered|_grad_enabled|_no_gradients|_autocast_enabled"
     r"|_autocast_dtype|_Tensor|_Parameter|_type|_list|_len|_isinstance|_id"
 )
 
@@ -43,18 +43,18 @@ class _Code:
     names: dict[str, Any] = field(default_factory=dict)
     entries: list[InputEntry] = field(default_factory=list)
     sizes: dict[str, str] = field(default_factory=dict)
-    untensored: list[str] = field(default_factory=list)
-    """The conditions of checks that aren't about one tensor alone: the fast path has them too."""
+    shared: list[str] = field(default_factory=list)
+    """The conditions that the fast path asks in the same words."""
 
     def constant(self, value: Any) -> str:
         name = f"_c{len(self.names)}"
         self.names[name] = value
         return name
 
-    def check(self, condition: str, code: str, path: str, fact: str, expected: Any, *, of_tensor: bool = False) -> None:
+    def check(self, condition: str, code: str, path: str, fact: str, expected: Any, *, shared: bool = False) -> None:
         """Adds: when `condition` is true, the argument breaks the contract."""
-        if not of_tensor:
-            self.untensored.append(condition)
+        if shared:
+            self.shared.append(condition)
         entry = InputEntry(path, fact, str(expected))
         self.entries.append(entry)
         self.lines.append(f"    if {condition}: _break({self.constant(entry)}, {code})")
@@ -96,7 +96,14 @@ def input_contract(
         if isinstance(leaf.value, torch.Tensor):
             twin = first.setdefault(id(leaf.value), leaf)
             if twin is not leaf:
-                code.check(f"{leaf.code} is not {twin.code}", leaf.code, leaf.path, "tensor", f"{twin.path} itself")
+                code.check(
+                    f"{leaf.code} is not {twin.code}",
+                    leaf.code,
+                    leaf.path,
+                    "tensor",
+                    f"{twin.path} itself",
+                    shared=True,
+                )
             _check_tensor(
                 code, leaf, fakes.get(leaf.source, fakes.get(leaf.indexed_source)), symbols, required_alignment
             )
@@ -106,9 +113,10 @@ def input_contract(
     for left, right in compared:
         one, other = by_source.get(left), by_source.get(right)
         if one is not None and other is not None:
-            code.check(f"{one.code} is {other.code}", one.code, one.path, "tensor", f"another than {other.path}")
+            expected = f"another than {other.path}"
+            code.check(f"{one.code} is {other.code}", one.code, one.path, "tensor", expected, shared=True)
     parameters, call = _signature_code(inputs, code)
-    fast = _fast_path(inputs, code, required_alignment)
+    fast = fast_path(inputs, code.constant, code.shared, code.sizes, required_alignment)
     sizes = [code.sizes.get(dim.name) for dim in inputs.dims]
 
     def bind(calls: Sequence[tuple[str | None, Callable[..., Any]]]) -> Callable[..., Any]:
@@ -142,47 +150,6 @@ def input_contract(
     return Contract(tuple(code.entries), bind)
 
 
-def _fast_path(inputs: CallInputs, code: _Code, required_alignment: Callable[[int], int]) -> str | None:
-    """A condition that is true only for calls that keep the contract, with the tensors compared by one C++ call.
-
-    None where there is no such condition. A call that it refuses is judged by the checks, which say what is wrong;
-    so it may refuse too much, and never too little.
-    """
-    leaves = [leaf for leaf in inputs.leaves if isinstance(leaf.value, torch.Tensor)]
-    plain = (leaf.value.layout == torch.strided and not leaf.value.requires_grad for leaf in leaves)
-    if not leaves or not all(plain) or not all(leaf.value.is_contiguous() for leaf in leaves):
-        return None
-    sizes = [[None if i in leaf.dims else n for i, n in enumerate(leaf.value.shape)] for leaf in leaves]
-    strides = [_contiguous_strides(one) for one in sizes]
-    conditions = [f"not ({condition})" for condition in code.untensored]
-    check = code.constant(tensor_check([leaf.value for leaf in leaves], sizes, strides))
-    conditions.append(f"{check}({', '.join(leaf.code for leaf in leaves)})")
-    conditions += [f"{leaf.code}.is_contiguous()" for leaf, one in zip(leaves, strides, strict=True) if None in one]
-    seen: set[str] = set()
-    for leaf in leaves:
-        for index, dim in leaf.dims.items():
-            size, name = f"{leaf.code}.shape[{index}]", code.sizes[dim.name]
-            known = dim.name in seen
-            conditions.append(f"{size} == {name}" if known else f"{dim.min} <= ({name} := {size}) <= {dim.max}")
-            seen.add(dim.name)
-    aligned: dict[int, list[str]] = {}
-    for leaf in leaves:
-        if (alignment := required_alignment(leaf.value.element_size())) > 1:
-            aligned.setdefault(alignment, []).append(f"{leaf.code}.data_ptr()")
-    conditions += [f"not ({' | '.join(pointers)}) % {alignment}" for alignment, pointers in aligned.items()]
-    return " and ".join(conditions)
-
-
-def _contiguous_strides(sizes: list[int | None]) -> list[int | None]:
-    """The strides of a contiguous tensor; None for those that a dynamic size is a factor of."""
-    strides: list[int | None] = []
-    step: int | None = 1
-    for size in reversed(sizes):
-        strides.append(step)
-        step = None if step is None or size is None else step * max(size, 1)
-    return strides[::-1]
-
-
 def _check_containers(code: _Code, containers: Sequence[Container]) -> None:
     """Each by itself, and that those which a module may change are as many objects as they were."""
     for container in containers:
@@ -190,15 +157,20 @@ def _check_containers(code: _Code, containers: Sequence[Container]) -> None:
         if twin is None:
             _check_container(code, container)
         else:
-            code.check(f"{container.code} is not {twin.code}", container.code, container.path, "object", twin.path)
+            code.check(
+                f"{container.code} is not {twin.code}", container.code, container.path, "object", twin.path, shared=True
+            )
     mutable = [one for one in containers if one.is_mutable and one.twin is None]
     for index, one in enumerate(mutable[1:] if len(mutable) <= 4 else (), 1):
         for other in mutable[:index]:
-            code.check(f"{one.code} is {other.code}", one.code, one.path, "object", f"another than {other.path}")
+            expected = f"another than {other.path}"
+            code.check(f"{one.code} is {other.code}", one.code, one.path, "object", expected, shared=True)
     if len(mutable) > 4:
         ids = ", ".join(f"_id({one.code})" for one in mutable)
         paths = f"{mutable[0].path} … {mutable[-1].path}"
-        code.check(f"_len({{{ids}}}) != {len(mutable)}", mutable[0].code, paths, "object", "another at each place")
+        code.check(
+            f"_len({{{ids}}}) != {len(mutable)}", mutable[0].code, paths, "object", "another at each place", shared=True
+        )
 
 
 def _check_container(code: _Code, container: Container) -> None:
@@ -226,7 +198,7 @@ def _check_container(code: _Code, container: Container) -> None:
 def _check_constant(code: _Code, leaf: Leaf) -> None:
     if isinstance(leaf.value, (*_CONSTANTS, *_COMPARED)):
         if leaf.value is None or isinstance(leaf.value, bool):
-            code.check(f"{leaf.code} is not {leaf.value}", leaf.code, leaf.path, "value", leaf.value)
+            code.check(f"{leaf.code} is not {leaf.value}", leaf.code, leaf.path, "value", leaf.value, shared=True)
             return
         value = code.constant(leaf.value)
         code.check(
@@ -235,12 +207,16 @@ def _check_constant(code: _Code, leaf: Leaf) -> None:
             leaf.path,
             "value",
             leaf.value,
+            shared=True,
         )
     else:
         kind = code.constant(type(leaf.value))
-        code.check(f"_type({leaf.code}) is not {kind}", leaf.code, leaf.path, "type", type(leaf.value).__name__)
+        code.check(
+            f"_type({leaf.code}) is not {kind}", leaf.code, leaf.path, "type", type(leaf.value).__name__, shared=True
+        )
         same = code.constant(leaf.value)
-        code.check(f"{leaf.code} is not {same}", leaf.code, leaf.path, "object", f"one {type(leaf.value).__name__}")
+        expected = f"one {type(leaf.value).__name__}"
+        code.check(f"{leaf.code} is not {same}", leaf.code, leaf.path, "object", expected, shared=True)
 
 
 def _check_tensor(
@@ -252,20 +228,14 @@ def _check_tensor(
 ) -> None:
     value, at, path = leaf.value, leaf.code, leaf.path
     if type(value) in (torch.Tensor, torch.nn.Parameter):
-        code.check(
-            f"_type({at}) is not _Tensor and _type({at}) is not _Parameter", at, path, "type", "Tensor", of_tensor=True
-        )
+        code.check(f"_type({at}) is not _Tensor and _type({at}) is not _Parameter", at, path, "type", "Tensor")
         lazy = f"({value.is_neg()}, {value.is_conj()})"
-        code.check(
-            f"({at}.is_neg(), {at}.is_conj()) != {lazy}", at, path, "negative and conjugate bits", lazy, of_tensor=True
-        )
+        code.check(f"({at}.is_neg(), {at}.is_conj()) != {lazy}", at, path, "negative and conjugate bits", lazy)
     else:
-        code.check(
-            f"_type({at}) is not {code.constant(type(value))}", at, path, "type", type(value).__name__, of_tensor=True
-        )
-    code.check(f"{at}.dtype is not {code.constant(value.dtype)}", at, path, "dtype", value.dtype, of_tensor=True)
-    code.check(f"{at}.device != {code.constant(value.device)}", at, path, "device", value.device, of_tensor=True)
-    code.check(f"{at}.dim() != {value.dim()}", at, path, "rank", value.dim(), of_tensor=True)
+        code.check(f"_type({at}) is not {code.constant(type(value))}", at, path, "type", type(value).__name__)
+    code.check(f"{at}.dtype is not {code.constant(value.dtype)}", at, path, "dtype", value.dtype)
+    code.check(f"{at}.device != {code.constant(value.device)}", at, path, "device", value.device)
+    code.check(f"{at}.dim() != {value.dim()}", at, path, "rank", value.dim())
     if value.dim():
         size = f"_s{len(code.lines)}"
         code.lines.append(f"    {size} = {at}.shape")
@@ -273,7 +243,7 @@ def _check_tensor(
             if index in leaf.dims:
                 _check_dim(code, leaf.dims[index], f"{size}[{index}]", at, path, index)
             else:
-                code.check(f"{size}[{index}] != {length}", at, path, f"size of dim {index}", length, of_tensor=True)
+                code.check(f"{size}[{index}] != {length}", at, path, f"size of dim {index}", length)
     if value.layout == torch.strided:
         _check_layout(code, leaf, fake, symbols, required_alignment)
     code.lines.append(f"    if {at}.requires_grad and _grad_enabled(): _no_gradients({path!r})")
@@ -288,9 +258,7 @@ def _check_dim(code: _Code, dim: DynamicDim, size: str, at: str, path: str, inde
             f"    if not {dim.min} <= {name} <= {dim.max}: _outside({code.constant(dim)}, {path!r}, {index}, {name})"
         )
     else:
-        code.check(
-            f"{size} != {known}", at, path, f"size of dim {index}", f"{dim.name}, as in {dim.inputs[0]}", of_tensor=True
-        )
+        code.check(f"{size} != {known}", at, path, f"size of dim {index}", f"{dim.name}, as in {dim.inputs[0]}")
 
 
 def _check_layout(
@@ -298,13 +266,13 @@ def _check_layout(
 ) -> None:
     value, at, path = leaf.value, leaf.code, leaf.path
     if value.is_contiguous():
-        code.check(f"not {at}.is_contiguous()", at, path, "strides", "contiguous", of_tensor=True)
+        code.check(f"not {at}.is_contiguous()", at, path, "strides", "contiguous")
     elif isinstance(fake, torch.Tensor):
         strides = ", ".join(_stride_code(step, code.sizes, symbols, leaf) for step in fake.stride())
-        code.check(f"{at}.stride() != ({strides},)", at, path, "strides", f"({strides})", of_tensor=True)
+        code.check(f"{at}.stride() != ({strides},)", at, path, "strides", f"({strides})")
     alignment = required_alignment(value.element_size())
     if alignment > 1:
-        code.check(f"{at}.data_ptr() % {alignment}", at, path, "alignment in bytes", alignment, of_tensor=True)
+        code.check(f"{at}.data_ptr() % {alignment}", at, path, "alignment in bytes", alignment)
 
 
 def _stride_code(step: Any, sizes: Mapping[str, str], symbols: Mapping[str, str], leaf: Leaf) -> str:

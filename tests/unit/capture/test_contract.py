@@ -57,8 +57,8 @@ def entries() -> tuple[Callable[..., Any], Callable[..., Any]]:
     with torch.no_grad():
         inputs = read_call(inspect.signature(model), (), arguments(), SHAPES, 64)
     made = []
-    for fast in (contract_module._fast_path, lambda *args: None):
-        with mock.patch.object(contract_module, "_fast_path", fast):
+    for fast in (contract_module.fast_path, lambda *args: None):
+        with mock.patch.object(contract_module, "fast_path", fast):
             contract = input_contract(inputs, {}, {}, lambda size: 16)
             made.append(contract.bind([(None, model)]))
     return made[0], made[1]
