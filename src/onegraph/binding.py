@@ -8,7 +8,8 @@ that is checked, and an error where it isn't.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from onegraph.errors import InputContractError
 from onegraph.ir.artifact import PieceCallable
 from onegraph.ir.graph import CapturedGraph, WeightInput
 from onegraph.ir.ledger import StateEntry
+from onegraph.torch_compat.overlap import overlapping, share_storage
 from onegraph.torch_compat.torch_state import set_grad_enabled
 
 
@@ -37,7 +39,8 @@ class BoundWeights:
 def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: bool) -> BoundWeights:
     """The weights of the graph bound to `call`.
 
-    With `mutates_inputs` each call checks that inputs share memory as they did when they were captured.
+    With `mutates_inputs` no input may overlap another one or a weight in memory, in any call.
+    Raises InputContractError if those of the captured call do.
     """
     places = [(weight.holder, weight.key) for weight in captured.weights]
     known = [holder[key] for holder, key in places]
@@ -45,19 +48,23 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: b
     dtypes = [_dtype(tensor) for tensor in known]
     fakes = captured.fake_inputs[len(places) :]
     tensors = [index for index, fake in enumerate(fakes) if isinstance(fake, torch.Tensor)] if mutates_inputs else []
-    num_storages = _num_storages([fakes[index] for index in tensors])
+    names = [captured.input_names[index] for index in tensors] + [weight.name for weight in captured.weights]
+    if tensors:
+        weight_fakes = captured.fake_inputs[: len(places)]
+        _refuse_overlap(names, [fakes[index] for index in tensors], weight_fakes, _by_storage(weight_fakes))
+    by_storage = _by_storage(known) if tensors else {}
     is_grad_enabled, is_not = torch.is_grad_enabled, operator.is_not
 
     def run(*inputs: Any) -> Any:
-        nonlocal known
+        nonlocal known, by_storage
         weights = [holder[key] for holder, key in places]
         if any(map(is_not, weights, known)):
             _check_replaced(captured.weights, weights, facts)
-            known = weights
+            known, by_storage = weights, _by_storage(weights) if tensors else by_storage
         elif list(map(_dtype, weights)) != dtypes:  # module.to(dtype) keeps the Parameter and changes its data
             _check_replaced(captured.weights, weights, facts)
-        if tensors and _num_storages([inputs[index] for index in tensors]) != num_storages:
-            _refuse_sharing(captured, num_storages)
+        if tensors:
+            _refuse_overlap(names, [inputs[index] for index in tensors], weights, by_storage)
         if is_grad_enabled():
             set_grad_enabled(False)
             try:
@@ -87,17 +94,34 @@ def _dtype(tensor: Any) -> Any:
     return getattr(tensor, "dtype", None)  # a weight may have been replaced by None
 
 
-def _num_storages(tensors: list[torch.Tensor]) -> int:
-    return len({tensor.untyped_storage()._cdata for tensor in tensors})
+def _by_storage(weights: Sequence[Any]) -> dict[int, list[int]]:
+    """Storage -> the weights in it, as indices."""
+    found: dict[int, list[int]] = {}
+    for index, weight in enumerate(weights):
+        if isinstance(weight, torch.Tensor) and weight.layout == torch.strided:
+            found.setdefault(weight.untyped_storage()._cdata, []).append(index)
+    return found
 
 
-def _refuse_sharing(captured: CapturedGraph, num_storages: int) -> None:
-    raise InputContractError(
-        "the module changes an input in place, and its inputs don't share memory as they did when it was captured "
-        f"(then in {num_storages} different storages)",
-        where=", ".join(captured.input_names[:8]),
-        hint="pass tensors of their own memory, or compile once more for inputs that share it",
-    )
+def _refuse_overlap(
+    names: list[str], inputs: list[torch.Tensor], weights: Sequence[Any], by_storage: Mapping[int, list[int]]
+) -> None:
+    """Raises InputContractError for an input that overlaps another or a weight; `names` has those of both, in order."""
+    if not share_storage(inputs, by_storage):
+        return
+    pair = overlapping(inputs)
+    for index, tensor in enumerate(inputs):
+        for weight in by_storage.get(tensor.untyped_storage()._cdata, ()):
+            if pair is None and overlapping([tensor, weights[weight]]) is not None:
+                pair = index, len(inputs) + weight
+    if pair is not None:
+        first, second = (re.sub(r"^L\['(\w+)'\]", r"\1", names[index]) for index in pair)
+        raise InputContractError(
+            f"{first} and {second} share memory, and the module changes an input or a buffer in place, which may be "
+            "the other one too: compiled code could read it before or after",
+            where=f"argument {first}",
+            hint="pass a tensor of its own memory (clone), or one tensor whose views the module takes itself",
+        )
 
 
 def _facts(tensor: Any) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ import gc
 import threading
 import weakref
 from collections import OrderedDict, namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -697,19 +698,71 @@ def test_a_narrowed_dim_is_found_whatever_the_dims_are_called() -> None:
         onegraph.compile(model, dynamic_shapes=shapes, config={"backend": "eager"})(torch.ones(3), torch.ones(5))
 
 
+OVERLAPS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
+    "apart": lambda base: (base[:4].clone(), base[4:8]),
+    "side by side": lambda base: (base[:4], base[4:8]),
+    "side by side, elsewhere": lambda base: (base[8:12], base[4:8]),
+    "two views of the same": lambda base: (base[:4], base[:4]),
+    "shifted": lambda base: (base[:4], base[1:5]),
+    "shifted back": lambda base: (base[2:6], base[:4]),
+    "interleaved": lambda base: (base[:8:2], base[1:9:2]),
+}
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_inputs_that_come_to_share_memory_are_refused_where_one_is_changed(backend: str) -> None:
+@pytest.mark.parametrize("first", OVERLAPS)
+def test_inputs_that_overlap_are_right_or_refused_where_one_is_changed(first: str, backend: str) -> None:
     def model(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        a.add_(1)
+        a.mul_(2)
         return a + b
 
     compiled = onegraph.compile(model, config={"backend": backend})
-    assert torch.equal(compiled(torch.ones(3), torch.ones(3)), torch.full((3,), 3.0))
-    x = torch.zeros(4)
-    for a, b in ((x[:3], x[1:]), (x[:3], x[:3])):
-        with pytest.raises(InputContractError, match="share memory"):
-            compiled(a, b)
-    assert x.sum() == 0
+    for name in (first, *OVERLAPS):
+        given, expected = torch.arange(12.0), torch.arange(12.0)
+        if not name.startswith(("apart", "side")) or first == "interleaved":
+            with pytest.raises(InputContractError, match="share memory|strides"):
+                compiled(*OVERLAPS[name](given))
+            assert torch.equal(given, expected), "refused before anything was changed"
+        else:
+            result = compiled(*OVERLAPS[name](given))
+            assert torch.equal(result, model(*OVERLAPS[name](expected)))
+            assert torch.equal(given, expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_an_input_that_overlaps_a_weight_is_refused_where_one_is_changed(backend: str) -> None:
+    class Adding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.total.add_(1)
+            return x * 2
+
+    module = Adding()
+    compiled = onegraph.compile(module, config={"backend": backend})
+    assert torch.equal(compiled(torch.ones(4)), torch.full((4,), 2.0))
+    with pytest.raises(InputContractError, match="x and total share memory"):
+        compiled(module.total[:])
+    assert torch.equal(module.total, torch.ones(4))
+
+
+def test_layers_of_one_cache_are_written_and_the_artifact_is_kept() -> None:
+    def step(x: torch.Tensor, slots: torch.Tensor, caches: list[torch.Tensor]) -> torch.Tensor:
+        for cache in caches:
+            cache.index_copy_(0, slots, x)
+            x = x + cache[:2].sum(0)
+        return x
+
+    dims = {"x": {0: NUM_TOKENS}, "slots": {0: NUM_TOKENS}, "caches": None}
+    for store in ("miss", "hit"):
+        compiled = onegraph.compile(step, dynamic_shapes=dims)
+        given, expected = list(torch.zeros(3, 32, 8).unbind(0)), list(torch.zeros(3, 32, 8).unbind(0))
+        x, slots = torch.randn(3, 8), torch.tensor([0, 5, 7])
+        torch.testing.assert_close(compiled(x, slots, given), step(x, slots, expected))
+        torch.testing.assert_close(given, expected)
+        assert compiled.explain().pieces[0].ranges[0].store == store
 
 
 class Stateful(nn.Module):

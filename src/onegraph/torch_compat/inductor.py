@@ -21,6 +21,7 @@ from torch._inductor import async_compile, compile_fx
 from onegraph.errors import ConfigError, nearest
 from onegraph.ir.artifact import OutputAlias
 from onegraph.ir.target import KernelSource
+from onegraph.torch_compat.overlap import overlapping
 from onegraph.torch_compat.shapes import RawCondition, squeezed_sizes
 from onegraph.torch_compat.toolchain import python_headers_not_needed
 
@@ -73,6 +74,7 @@ def compile_graph(
     graphs: list[Any] = []
     conditions: list[RawCondition] = []
     memory: list[torch.fx.Node] = []
+    num_inputs: list[int] = []
     users = options.get(_FIRST_PASS, getattr(torch._inductor.config, _FIRST_PASS))
 
     def first_pass(graph: torch.fx.Graph) -> None:
@@ -82,6 +84,7 @@ def compile_graph(
 
     def inner_compile(gm: Any, example_inputs: Any, **kwargs: Any) -> Any:
         _keep_outputs_apart(gm, memory)
+        num_inputs.append(len(example_inputs))
         conditions.extend(squeezed_sizes(gm))
         output = compile_fx.compile_fx_inner(gm, example_inputs, **kwargs)
         graphs.append(output)
@@ -96,6 +99,8 @@ def compile_graph(
         metadata = context.fw_metadata
     mutates_inputs = metadata is None or any(info.mutates_data for info in metadata.input_info)
     reason = _why_not_portable(graphs, metadata, fake_inputs, collected)
+    if reason is None and num_inputs != [len(fake_inputs)]:
+        reason = "AOTAutograd hands the compiled graph other inputs than it is given"
     if reason is not None:
 
         def link(built: Mapping[str, Any]) -> None:
@@ -219,14 +224,13 @@ def _why_not_portable(graphs: list[Any], metadata: Any, fake_inputs: list[Any], 
 
 
 def _mutated_overlap(metadata: Any, fake_inputs: list[Any]) -> str | None:
-    """AOTAutograd rewrites calls whose mutated inputs share storage with others; that wrapper isn't portable."""
-    by_storage: dict[Any, list[int]] = {}
-    for index, value in enumerate(fake_inputs):
-        if isinstance(value, torch.Tensor):
-            by_storage.setdefault(value.untyped_storage()._cdata, []).append(index)
-    for group in by_storage.values():
-        if len(group) > 1 and any(metadata.input_info[i].mutates_data for i in group):
-            return f"inputs {group} share one storage and one of them is changed"
+    """AOTAutograd rewrites calls whose mutated inputs overlap others; that wrapper isn't portable."""
+    tensors = [(index, value) for index, value in enumerate(fake_inputs) if isinstance(value, torch.Tensor)]
+    for index, value in tensors:
+        if metadata.input_info[index].mutates_data:
+            for other, other_value in tensors:
+                if other != index and overlapping([value, other_value]) is not None:
+                    return f"inputs {index} and {other} overlap in memory and one of them is changed"
     return None
 
 
