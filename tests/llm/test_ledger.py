@@ -77,3 +77,12 @@ def test_a_model_is_checked_at_batch_sizes(model_folder: Path, backend: str) -> 
 def test_what_is_not_compiled_can_not_be_checked(llm: LLM) -> None:
     with pytest.raises(ConfigError, match="nothing is compiled"):
         llm.check()
+
+
+def test_a_trace_of_a_model_could_be_taken_by_another_process(model_folder: Path) -> None:
+    compiled = started(model_folder, compilation_config=EAGER)
+    generated(compiled)
+    ledger = compiled.explain().ledger
+    assert ledger.unindexable == ()
+    assert {"flat_model.py", "modeling_llama.py"} <= {Path(source.path).name for source in ledger.sources}
+    assert all(source.holds() for source in ledger.sources)

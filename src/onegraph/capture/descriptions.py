@@ -34,6 +34,7 @@ def number_of_hooks(value: Any) -> str:
 
 
 _VALUES = (*LITERALS, torch.dtype, torch.device, torch.Size, torch.layout)
+_NAMED = (enum.Enum, type, types.FunctionType, types.BuiltinFunctionType, types.CodeType, types.ModuleType)
 
 
 def described(value: Any) -> str:
@@ -46,6 +47,8 @@ def described(value: Any) -> str:
         return short(f"{value!r}")
     if isinstance(value, types.FunctionType):
         return f"{value.__module__}.{value.__qualname__}, code {code_digest(value.__code__)[:12]}"
+    if isinstance(value, types.CodeType):
+        return f"code {value.co_qualname} {code_digest(value)[:12]}"
     if isinstance(value, types.ModuleType):
         return f"module {value.__name__}"
     name = getattr(value, "__qualname__", getattr(value, "__name__", None))
@@ -57,9 +60,7 @@ def has_a_name(value: Any) -> bool:
     """Whether `described` tells the value from every other, in another process too."""
     if isinstance(value, tuple | frozenset):
         return all(map(has_a_name, value))
-    if isinstance(value, (*_VALUES, enum.Enum, type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)):
-        return True
-    return is_operator(value)
+    return isinstance(value, (*_VALUES, *_NAMED)) or is_operator(value)
 
 
 def short(text: str) -> str:

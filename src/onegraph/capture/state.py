@@ -176,6 +176,7 @@ _WITHOUT_IDENTITY = (
     slice,
     type,
     enum.Enum,
+    types.CodeType,
     types.ModuleType,
     types.MethodType,
     types.BuiltinFunctionType,
