@@ -31,8 +31,11 @@ _COMPARED = (enum.Enum, torch.Size, slice, range, frozenset, torch.layout, torch
 
 _GENERATED_NAMES = re.compile(
     r"_[cnsx]\d+|_call\d+|_break|_differs|_outside|_uncovered|_grad_enabled|_no_gradients|_autocast_enabled"
-    r"|_autocast_dtype|_Tensor|_Parameter|_type|_list|_len|_isinstance|_id"
+    r"|_autocast_dtype|_Tensor|_Parameter|_type|_list|_len|_isinstance|_id|_kept"
 )
+_FAST = """    try: _kept = {}
+    except Exception: _kept = False
+    if _kept:"""
 
 
 @dataclass
@@ -124,7 +127,7 @@ def input_contract(
         for index, (predicate, _) in enumerate(calls):
             condition = "" if predicate is None else f"if {predicate_code(predicate, inputs.dims, sizes)}: "
             chosen.append(f"    {condition}return _call{index}({call})")
-        quick = [] if fast is None else [f"    if {fast}:", *(f"    {line}" for line in chosen)]
+        quick = [] if fast is None else [_FAST.format(fast), *(f"    {line}" for line in chosen)]
         refused = f"    _uncovered(({''.join(f'{size}, ' for size in sizes)}))"
         source = "\n".join([f"def entry({parameters}):", *quick, *code.lines, *chosen, refused])
         namespace = {

@@ -7,8 +7,13 @@ from typing import Any
 
 import torch
 
-from onegraph.capture.inputs import CallInputs, Container
+from onegraph.capture.inputs import CallInputs, Container, Leaf
+from onegraph.ir.dims import DynamicDim
 from onegraph.torch_compat.tensor_checks import tensor_check
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_KEPT_CHECKS = 4096
+"""So many combinations of sizes keep their check; past that all are made anew."""
 
 
 def fast_path(
@@ -20,8 +25,8 @@ def fast_path(
 ) -> str | None:
     """A condition that is true only for calls that keep the contract, with the tensors compared by one C++ call.
 
-    None where there is no such condition. A call that it refuses is judged by the checks, which say what is wrong;
-    so it may refuse too much, and never too little. Autocast is among the dispatch keys that C++ compares.
+    None where there is no such condition. A call that it refuses, by a false value or by raising, is judged by the
+    checks, which say what is wrong; so it may refuse too much, and never too little. Autocast is among the dispatch keys that C++ compares.
 
     `constant(value)` names an object, `shared` are conditions of the checks under which a call is refused,
     `size_names` the variables for the sizes of declared dims.
@@ -33,6 +38,8 @@ def fast_path(
         return None
     if any(torch.is_autocast_enabled(device) for device in devices):
         return None
+    if any(type(leaf.value) not in _PLAIN or leaf.value.is_conj() or leaf.value.is_neg() for leaf in leaves):
+        return None
     local = _Locals()
     conditions = [] if any(leaf.value.device.type == "cpu" for leaf in leaves) else ["not _autocast_enabled('cpu')"]
     for container in inputs.containers:
@@ -40,21 +47,11 @@ def fast_path(
             conditions += _container_conditions(constant, container, local)
     tensors = {id(leaf.value): leaf for leaf in reversed(leaves)}  # the first place of each
     firsts = [leaf for leaf in leaves if tensors[id(leaf.value)] is leaf]
-    sizes = [[None if i in leaf.dims else n for i, n in enumerate(leaf.value.shape)] for leaf in firsts]
-    strides = [_contiguous_strides(one) for one in sizes]
-    check = constant(tensor_check([leaf.value for leaf in firsts], sizes, strides))
-    conditions.append(f"{check}({', '.join(local.assigned(leaf.code) for leaf in firsts)})")
+    sizes = _sizes(leaves, size_names, local)
+    check = constant(_CheckBySizes(firsts, tuple(sizes), inputs.dims))
+    tensors_given = ", ".join(local.assigned(leaf.code) for leaf in firsts)
+    conditions.append(f"{check}[{', '.join(sizes.values()) or '()'}]({tensors_given})")
     conditions += [f"not ({condition})" for condition in shared]
-    conditions += [
-        f"{local[leaf.code]}.is_contiguous()" for leaf, one in zip(firsts, strides, strict=True) if None in one
-    ]
-    seen: set[str] = set()
-    for leaf in leaves:
-        for index, dim in leaf.dims.items():
-            size, name = f"{local[leaf.code]}.shape[{index}]", size_names[dim.name]
-            known = dim.name in seen
-            conditions.append(f"{size} == {name}" if known else f"{dim.min} <= ({name} := {size}) <= {dim.max}")
-            seen.add(dim.name)
     aligned: dict[int, list[str]] = {}
     for leaf in firsts:
         if (alignment := required_alignment(leaf.value.element_size())) > 1:
@@ -95,11 +92,55 @@ class _Locals:
         return f"({self.names[code]} := {value})"
 
 
-def _contiguous_strides(sizes: list[int | None]) -> list[int | None]:
-    """The strides of a contiguous tensor; None for those that a dynamic size is a factor of."""
-    strides: list[int | None] = []
-    step: int | None = 1
+def _sizes(leaves: Sequence[Leaf], size_names: Mapping[str, str], local: _Locals) -> dict[str, str]:
+    """Dim -> an expression that reads its size off the first tensor with it, and sets the variable for it."""
+    found: dict[str, str] = {}
+    for leaf in leaves:
+        for index, dim in leaf.dims.items():
+            if dim.name not in found:
+                found[dim.name] = f"({size_names[dim.name]} := {local.assigned(leaf.code)}.shape[{index}])"
+    return found
+
+
+class _CheckBySizes(dict[Any, Callable[..., bool]]):
+    """Sizes of the dims (a number, or a tuple for several) -> the check of all tensors at these sizes."""
+
+    def __init__(self, leaves: Sequence[Leaf], names: tuple[str, ...], dims: Sequence[DynamicDim]) -> None:
+        by_name = {dim.name: dim for dim in dims}
+        self.dims = [by_name[name] for name in names]
+        self.shapes = [
+            [leaf.dims[i].name if i in leaf.dims else size for i, size in enumerate(leaf.value.shape)]
+            for leaf in leaves
+        ]
+        self.examples = [_stand_in(leaf.value) for leaf in leaves]
+
+    def __missing__(self, sizes: int | tuple[int, ...]) -> Callable[..., bool]:
+        given = sizes if isinstance(sizes, tuple) else (sizes,)
+        if any(not dim.min <= size <= dim.max for dim, size in zip(self.dims, given, strict=True)):
+            return _refuse
+        by_name = {dim.name: size for dim, size in zip(self.dims, given, strict=True)}
+        shapes = [[by_name[size] if isinstance(size, str) else size for size in shape] for shape in self.shapes]
+        if len(self) >= _KEPT_CHECKS:
+            self.clear()
+        check = self[sizes] = tensor_check(self.examples, shapes, [_contiguous_strides(shape) for shape in shapes])
+        return check
+
+
+def _refuse(*tensors: Any) -> bool:
+    return False
+
+
+def _stand_in(value: torch.Tensor) -> torch.Tensor:
+    """A tensor of no memory, with the class, dtype, device, rank and dispatch keys of `value`."""
+    with torch.inference_mode(value.is_inference()):
+        empty = torch.empty([0] * value.dim(), dtype=value.dtype, device=value.device)
+        return torch.nn.Parameter(empty, requires_grad=False) if type(value) is torch.nn.Parameter else empty
+
+
+def _contiguous_strides(sizes: Sequence[int]) -> list[int]:
+    strides: list[int] = []
+    step = 1
     for size in reversed(sizes):
         strides.append(step)
-        step = None if step is None or size is None else step * max(size, 1)
+        step *= max(size, 1)
     return strides[::-1]
