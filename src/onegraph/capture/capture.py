@@ -21,6 +21,7 @@ from onegraph.capture.dropout import settle_dropout
 from onegraph.capture.failures import capture_error, refuse_host_reads
 from onegraph.capture.inputs import CallInputs, read_call
 from onegraph.capture.regions import UNBACKED, Sizing
+from onegraph.capture.runtime_asserts import drop_judged_asserts
 from onegraph.capture.state import reads_grad_mode, state_reads
 from onegraph.capture.weights import lift_weights
 from onegraph.counters import counters
@@ -149,6 +150,7 @@ def _captured_graph(
         refuse_narrowing(found, inputs.dims)
     else:
         found = judge_region(conditions, inputs.dims, symbols, "capture", split)
+    drop_judged_asserts(graph_module, symbols)
     _refuse_hidden_tensors(inputs, fakes)
     compared = [(pair.left, pair.right) for pair in raw.identities.compared]
     contract = input_contract(inputs, fakes, symbols, required_alignment, compared)

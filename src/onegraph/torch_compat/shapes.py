@@ -152,8 +152,8 @@ def expression(size: Any, shape_env: Any) -> Any:
 
 
 def symbol_names(value: Any) -> set[str]:
-    """The names of the symbols that a fake tensor's or SymInt's sizes are made of, before replacement."""
-    if isinstance(value, torch.SymInt):
+    """The names of the symbols that a symbolic value is made of, before replacement; none for a constant."""
+    if is_symbolic(value):
         return {str(s) for s in value.node._expr.free_symbols}
     return set()
 
