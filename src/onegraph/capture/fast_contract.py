@@ -26,7 +26,8 @@ def fast_path(
     """A condition that is true only for calls that keep the contract, with the tensors compared by one C++ call.
 
     None where there is no such condition. A call that it refuses, by a false value or by raising, is judged by the
-    checks, which say what is wrong; so it may refuse too much, and never too little. Autocast is among the dispatch keys that C++ compares.
+    checks, which say what is wrong; so it may refuse too much, and never too little. Autocast is among the dispatch
+    keys that C++ compares.
 
     `constant(value)` names an object, `shared` are conditions of the checks under which a call is refused,
     `size_names` the variables for the sizes of declared dims.
