@@ -16,6 +16,7 @@ from torch import Tensor
 
 from onegraph.engine.logprobs import RankedToken, rank_tokens
 from onegraph.engine.penalties import Penalties
+from onegraph.engine.random_draw import draw_by_weight
 from onegraph.engine.request import Sequence
 from onegraph.engine.token_filters import keep_likeliest
 
@@ -44,7 +45,6 @@ class Sampler:
 
     def __call__(self, logits: Tensor, sequences: Seq[Sequence]) -> Sampled:
         """Samples one token a row; sequences[i] is the owner of row i."""
-        logits = logits.float()
         members, vocab_size = list(sequences), logits.shape[1]
         if self._members != members or self._asked.vocab_size != vocab_size:
             self._members = members
@@ -63,10 +63,11 @@ class Sampler:
         return Sampled(token_ids.tolist(), ranked, broken)
 
     def _process(self, logits: Tensor) -> Tensor:
-        """min_tokens, logit_bias, and the penalties, in this order; never in place on the model's output."""
+        """min_tokens, logit_bias, and the penalties, in this order, in a copy in fp32; without them the logits."""
         asked = self._asked
-        if asked.min_tokens or asked.bias is not None or asked.penalties is not None:
-            logits = logits.clone()
+        if not asked.min_tokens and asked.bias is None and asked.penalties is None:
+            return logits
+        logits = logits.to(torch.float32, copy=True)
         masked = [
             (row, token)
             for row in asked.min_tokens
@@ -89,18 +90,13 @@ class Sampler:
         return [*eos, *sequence.params.stop_ids]
 
     def _draw(self, logits: Tensor) -> Tensor:
-        """Draws from the rows that are not greedy, int64 [Q]: the inverse of the cumulative distribution at
-        one uniform number a row. Cumulated in fp64, so that it does not matter how many tokens there are."""
+        """Draws from the rows that are not greedy, int64 [Q]."""
         asked = self._asked
-        rows = logits if len(asked.drawn) == len(logits) else logits[asked.drawn_rows]
-        scaled = (rows - rows.amax(-1, keepdim=True)) / asked.temperature
-        scaled = keep_likeliest(scaled, min_p=asked.min_p, top_k=asked.top_k, top_p=asked.top_p)
-        cumulated = torch.softmax(scaled, dim=-1).cumsum(-1, dtype=torch.float64)
-        total = cumulated[:, -1:]
+        rows = (logits if len(asked.drawn) == len(logits) else logits[asked.drawn_rows]).float()
+        scaled = (rows - rows.amax(-1, keepdim=True)).div_(asked.temperature)
+        kept = keep_likeliest(scaled, min_p=asked.min_p, top_k=asked.top_k, top_p=asked.top_p)
         uniform = torch.tensor([self._members[row].stream.random() for row in asked.drawn], dtype=torch.float64)
-        at = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-        # The first token whose cumulated probability is above: never one with probability 0.
-        return torch.searchsorted(cumulated, at, right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
+        return draw_by_weight(kept.exp_(), uniform)
 
 
 @dataclass(frozen=True, slots=True)
