@@ -10,6 +10,9 @@ from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import Ledger
 from onegraph.numerics.oracle import SizeCheck
 
+_LISTED_STATE = 24
+"""So many facts of Python state are listed in the text; a transformers model has over a thousand."""
+
 
 @dataclass(frozen=True)
 class RangeExplanation:
@@ -91,13 +94,23 @@ class Explanation:
         owned = any(entry.checked == "event" for entry in self.ledger.state)
         return "checked when the model's owner says so" if owned else "not checked: freeze=True"
 
+    @property
+    def not_seen(self) -> str | None:
+        """What changes of Python state this way of checking can't see; None where each call is checked."""
+        if not self.pieces or any(entry.checked == "call" for entry in self.ledger.state):
+            return None
+        if any(entry.checked == "event" for entry in self.ledger.state):
+            return "a change of the module while requests are running; it is seen when the engine is idle again"
+        return "any change of Python state but a weight's dtype, shape and device: freeze=True promises that none comes"
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "model": self.model,
             "config": self.config,
             "stages": [{"name": name, "seconds": round(seconds, 3)} for name, seconds in self.stages],
             "dims": [dim.to_dict() for dim in self.dims],
-            "ledger": self.ledger.to_dict(),
+            "graph": {"ops": self.num_ops},
+            "ledger": {**self.ledger.to_dict(), "not_seen": self.not_seen},
             "pieces": [piece.to_dict() for piece in self.pieces],
             "custom_ops": [op.to_dict() for op in self.custom_ops],
             "plan": None,
@@ -108,6 +121,8 @@ class Explanation:
         lines = [f"{self.model}: {self.start} start" if self.pieces else f"{self.model}: nothing compiled yet"]
         if self.stages:
             lines.append("stages   " + "  ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages))
+        if self.pieces:
+            lines.append(f"graph    {self.num_ops} operations")
         for dim in self.dims:
             lines.append(f"dim      {dim.name} = {dim.min}..{dim.max}  ({', '.join(dim.inputs)})")
         for piece in self.pieces:
@@ -122,6 +137,11 @@ class Explanation:
             )
         for entry in self.ledger.shapes:
             lines.append(f"  {entry.effect}: {entry.expr}  ({entry.stage}, {entry.user or entry.framework or 'torch'})")
+        if len(self.ledger.state) <= _LISTED_STATE:
+            lines += [f"  {entry.what} = {entry.value}  ({entry.user or 'torch'})" for entry in self.ledger.state]
+        else:
+            lines.append("  (to_dict(), or `onegraph explain --json`, lists all facts)")
+        lines += [f"  not seen: {self.not_seen}"] if self.not_seen else []
         lines += [f"  for this process alone: {reason}" for reason in self.ledger.unindexable]
         for op in self.custom_ops:
             state = "checked on the first call's values" if op.checked else "pending: to be checked on a call's values"

@@ -50,6 +50,7 @@ def test_state_is_compared_between_requests_and_captured_once_more(model_folder:
         after = generated(compiled, "something else")
     assert after == generated(eager, "something else")
     assert {entry["checked"] for entry in compiled.explain().to_dict()["ledger"]["state"]} == {"event"}
+    assert "while requests are running" in str(compiled.explain())
 
 
 def test_changed_state_is_an_error_where_that_is_asked_for(model_folder: Path) -> None:

@@ -580,3 +580,14 @@ def test_state_of_a_transformers_model() -> None:
 def test_on_state_change_takes_two_words() -> None:
     with pytest.raises(ConfigError, match="on_state_change"):
         onegraph.compile(model(), config={"on_state_change": "warn"})
+
+
+def test_explain_says_what_a_mode_can_not_see() -> None:
+    for config, expected in ({}, None), ({"freeze": True}, "any change of Python state"):
+        compiled = onegraph.compile(model(), dynamic_shapes=ROWS, config={**EAGER, **config})
+        with torch.no_grad():
+            compiled(torch.ones(3, 4))
+        told = compiled.explain().to_dict()["ledger"]["not_seen"]
+        assert told is None if expected is None else told.startswith(expected)
+        assert ("not seen" in str(compiled.explain())) is (expected is not None)
+        assert compiled.explain().to_dict()["graph"]["ops"] >= 1
