@@ -24,6 +24,7 @@ from onegraph.ir.piece import Piece
 from onegraph.ir.region import Region
 from onegraph.ir.target import Target
 from onegraph.log import get_logger
+from onegraph.op_kernels import install_op_kernels, uses_own_ops
 from onegraph.store.store import Store
 from onegraph.torch_compat import shapes
 from onegraph.torch_compat.structured_trace import trace_text
@@ -59,7 +60,8 @@ class PieceCompiler:
             made = CompiledPiece(call, backend, "off", "backend=aot_eager", 0.0, mutates_inputs=mutates_inputs)
         else:
             made = self._with_inductor(piece, region)
-        return replace(made, seconds=time.perf_counter() - started)
+        notes = install_op_kernels(self.target, self.store).notes if uses_own_ops(piece.graph_module) else ()
+        return replace(made, seconds=time.perf_counter() - started, notes=notes)
 
     def _with_inductor(self, piece: Piece, region: Region | None) -> CompiledPiece:
         options = {**self.target.compiler_options(), **SAME_AS_EAGER, **self.config.inductor_compile_config}

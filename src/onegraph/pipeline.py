@@ -246,7 +246,7 @@ def _explain(
         ),
         num_ops=first.captured.num_ops,
         custom_ops=tuple(op for one in made for op in one.custom_ops),
-        notes=config.downgrades,
+        notes=(*config.downgrades, *dict.fromkeys(note for one in made for note in one.piece.notes)),
     )
 
 

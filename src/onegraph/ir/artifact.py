@@ -59,3 +59,5 @@ class CompiledPiece:
     """Whether it was compiled knowing which inputs share memory, so that others sharing it would be wrong."""
     constraints: tuple[ShapeEntry, ...] = ()
     guards: str | None = None
+    notes: tuple[str, ...] = ()
+    """What its ops were lowered to, with the reasons."""
