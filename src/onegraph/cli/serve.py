@@ -12,10 +12,14 @@ from dataclasses import fields
 from typing import Any
 
 from onegraph.cli.flags import Parser, add_model_flags, engine_config, split_compilation_words
+from onegraph.config.compilation import CompilationConfig
+from onegraph.config.engine import EngineConfig
+from onegraph.config.resolve import resolve
 from onegraph.env import environment
 from onegraph.errors import ServeError
 from onegraph.log import set_level
 from onegraph.serve.settings import ServeSettings
+from onegraph.targets import device_rules
 from onegraph.version import __version__
 
 EXAMPLE = """example:
@@ -27,6 +31,33 @@ EXAMPLE = """example:
 
 def main(words: list[str]) -> int:
     """See `onegraph serve --help`. Ctrl-C and SIGTERM drain and exit 0; a second one ends at once."""
+    config, settings, as_json = parsed(words)
+    if (level := environment().log_level) != "WARNING":
+        set_level(level)
+    try:
+        from onegraph.serve.server import Server
+    except ImportError as error:
+        raise ServeError(
+            f"the server's packages are missing: {error}",
+            where="onegraph serve",
+            hint="install the extra: pip install 'onegraph[serve]'",
+        ) from error
+    server = Server(config, settings, told=_Teller(as_json))
+    code = server.serve()
+    if server.client.thread.is_alive:
+        # It compiles, which nothing can interrupt; waiting for it would keep a stopped server alive for minutes.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def parsed(words: list[str]) -> tuple[EngineConfig, ServeSettings, bool]:
+    """The engine's and the server's settings, and whether events are told as JSON.
+
+    Raises UsageError and ConfigError, also for what can't be honoured: before a model is loaded for it.
+    """
     rest, compilation = split_compilation_words(words)
     parser = Parser(
         prog="onegraph serve",
@@ -40,26 +71,13 @@ def main(words: list[str]) -> int:
     parser.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
     options = parser.parse_known_words(rest)
     config = engine_config(options, compilation)
-    settings = _settings(options)
-    if (level := environment().log_level) != "WARNING":
-        set_level(level)
-    try:
-        from onegraph.serve.server import Server
-    except ImportError as error:
-        raise ServeError(
-            f"the server's packages are missing: {error}",
-            where="onegraph serve",
-            hint="install the extra: pip install 'onegraph[serve]'",
-        ) from error
-    server = Server(config, settings, told=_Teller(options.json))
-    code = server.serve()
-    if server.client.thread.is_alive:
-        # It compiles, which nothing can interrupt; waiting for it would keep a stopped server alive for minutes.
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    resolve(
+        CompilationConfig.of(config.compilation_config),
+        rules=device_rules("cpu"),
+        environment=environment(),
+        enforce_eager=config.enforce_eager,
+    )
+    return config, _settings(options), options.json
 
 
 def _add_server_flags(parser: Parser) -> None:

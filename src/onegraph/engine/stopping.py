@@ -39,7 +39,6 @@ class StopStrings:
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self.strings = stop
-        self._longest = max((len(s) for s in stop), default=1)
         self._held = ""
 
     def let_through(self, piece: str) -> tuple[str, str | None]:
@@ -63,8 +62,12 @@ class StopStrings:
         return held
 
     def _num_held_back(self, text: str) -> int:
-        tail = text[max(0, len(text) - self._longest + 1) :]
-        for start in range(len(tail)):
-            if any(stop.startswith(tail[start:]) for stop in self.strings):
-                return len(tail) - start
-        return 0
+        return max((_num_begun(stop, text) for stop in self.strings), default=0)
+
+
+def _num_begun(stop: str, text: str) -> int:
+    """How many characters at the text's end are the longest proper beginning of a stop string."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return len(text) - at if at >= 0 else 0

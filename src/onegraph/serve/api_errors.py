@@ -6,6 +6,7 @@ field. Values never reach a log: a message of ours that quotes a request goes to
 
 from __future__ import annotations
 
+import asyncio
 import re
 import traceback
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onegraph.errors import ConfigError, nearest
 from onegraph.log import get_logger
@@ -63,8 +64,10 @@ def of_config_error(error: ConfigError, fields: Iterable[str], *, param: str | N
 
 def of_validation(error: RequestValidationError, fields: Iterable[str]) -> ApiError:
     """What the protocol refuses: the first wrong field, and what is wrong with it."""
-    first = error.errors()[0]
-    place = [str(part)[:100] for part in first["loc"] if part != "body"]
+    found = error.errors()
+    # Of a field that may be of several kinds, the error that lies deepest is of the kind that was meant.
+    first = max((one for one in found if one["loc"][:2] == found[0]["loc"][:2]), key=lambda one: len(one["loc"]))
+    place = [str(part)[:100].encode(errors="replace").decode() for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         why = first.get("ctx", {}).get("error", "it ends too early")
         return ApiError(400, f"the body isn't JSON: {why}", code="bad_json")
@@ -96,7 +99,7 @@ def install(app: FastAPI, fields: Mapping[str, Iterable[str]]) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        return internal(error).response()
+        return internal(error).response()  # Starlette raises it again: `Quiet` logs it
 
 
 def not_ready(state: str) -> ApiError:
@@ -105,8 +108,27 @@ def not_ready(state: str) -> ApiError:
 
 
 def internal(error: BaseException) -> ApiError:
-    """A failure of our own: logged by type and place, without the message, which may hold a prompt."""
+    """The answer for a failure of our own."""
+    return ApiError(500, f"unexpected {type(error).__name__}", code="internal")
+
+
+def log_unexpected(error: BaseException) -> None:
+    """Logs a failure of our own by type and place, without the message, which may hold a prompt."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     places = " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))
     log.error("unexpected %s at %s", type(error).__name__, places)
-    return ApiError(500, f"unexpected {type(error).__name__}", code="internal")
+
+
+class Quiet:
+    """The outermost application: nothing gets past it to a log that would print messages."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            log.warning("an answer was cut off: the server was ended at once")
+        except Exception as error:  # noqa: BLE001 - it has been answered with 500 as far as that was possible
+            log_unexpected(error)

@@ -28,6 +28,11 @@ from onegraph.serve.api_errors import ApiError, not_ready
 from onegraph.serve.metrics import Metrics
 from onegraph.serve.settings import ServeSettings
 
+STEP_TIMEOUT_S = 30.0
+"""How long the end of the engine's thread is waited for: a step ends soon."""
+LOAD_TIMEOUT_S = 0.5
+"""The same while the model is loaded and compiled, which may take minutes."""
+
 T = TypeVar("T")
 
 
@@ -200,7 +205,8 @@ class EngineClient:
 
     async def stop(self) -> bool:
         """Ends the engine's thread, answering what is in flight with an error; False if it compiles and can't end."""
-        ended = await asyncio.to_thread(self.thread.stop)
+        timeout_s = STEP_TIMEOUT_S if self.thread.started is not None else LOAD_TIMEOUT_S
+        ended = await asyncio.to_thread(self.thread.stop, timeout_s)
         self._loop = None
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
         return ended

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from onegraph.engine.outputs import CompletionOutput, RequestOutput
 from onegraph.serve.answers import PromptTokensDetails, Usage
-from onegraph.serve.api_errors import ApiError, internal
+from onegraph.serve.api_errors import ApiError, internal, log_unexpected
 from onegraph.serve.engine_client import Job
 from onegraph.serve.metrics import Metrics
 
@@ -131,6 +131,7 @@ async def _events(job: Job, form: Form, metrics: Metrics, include_usage: bool) -
         metrics.errors.labels(form.endpoint, error.status).inc()
         yield _event(json.dumps(error.body()))
     except Exception as error:  # noqa: BLE001 - the status is sent already: the stream itself has to tell
+        log_unexpected(error)
         metrics.errors.labels(form.endpoint, 500).inc()
         yield _event(json.dumps(internal(error).body()))
     yield _event("[DONE]")

@@ -8,13 +8,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 MAX_LOGPROBS = 20
+# Each of these is looked through for every token that is generated, in the thread that serves everybody.
+MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_TOKENS, MAX_BIASES = 16, 1000, 1000, 10_000
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 
+
+def _unicode(text: str) -> str:
+    """JSON can write half a surrogate pair, which is no text. Raises ValueError for it."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it has half a surrogate pair, which is no Unicode text") from error
+    return text
+
+
+UnicodeText = Annotated[str, AfterValidator(_unicode)]
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+StopString = Annotated[UnicodeText, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -40,25 +56,25 @@ class StreamOptions(Strict):
 class SamplingFields(Strict):
     """What both endpoints take."""
 
-    model: str | None = None
+    model: UnicodeText | None = None
     n: Annotated[int, Field(ge=1, le=INT32)] | None = None
     temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=64)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: UnicodeText | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT32)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    stop_token_ids: TokenIds | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] | None = None
 
 
 def _kind_of_prompt(value: Any) -> str:
@@ -71,8 +87,8 @@ def _kind_of_prompt(value: Any) -> str:
 
 
 Prompt = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag("texts")]
+    Annotated[UnicodeText, Tag("text")]
+    | Annotated[list[UnicodeText], Field(min_length=1, fail_fast=True), Tag("texts")]
     | Annotated[TokenIds, Tag("token ids")]
     | Annotated[list[TokenIds], Field(fail_fast=True), Tag("lists of token ids")],
     Discriminator(_kind_of_prompt),
@@ -92,15 +108,15 @@ class TextPart(Strict):
     """One part of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: UnicodeText
 
 
 class Message(Strict):
     """One message of a conversation; the model's chat template decides on roles and their order."""
 
-    role: str
-    content: str | list[TextPart] | None = None
-    name: str | None = None
+    role: UnicodeText
+    content: UnicodeText | list[TextPart] | None = None
+    name: UnicodeText | None = None
 
 
 class ResponseFormat(Strict):

@@ -21,6 +21,7 @@ import uvicorn
 from onegraph.config.engine import EngineConfig
 from onegraph.errors import ServeError
 from onegraph.models import BUILTIN_MODEL
+from onegraph.serve.api_errors import Quiet
 from onegraph.serve.app import make_app
 from onegraph.serve.engine_client import EngineClient
 from onegraph.serve.settings import ServeSettings
@@ -87,7 +88,7 @@ class Server:
                 self._loop.add_signal_handler(number, self._stop_asked)
         http = _Uvicorn(
             uvicorn.Config(
-                self.app,
+                Quiet(self.app),
                 lifespan="off",
                 log_config=None,
                 access_log=False,
@@ -114,11 +115,13 @@ class Server:
             failed = self.client.state == "failed"
             return 1 if failed or not draining.done() else 0
         finally:
-            http.should_exit = http.force_exit = True
+            http.should_exit = True
             for task in (ready, stop, stop_at_once):
                 task.cancel()
+            await self.client.stop()  # answers what is still in flight with an error
             await asyncio.wait({serving}, timeout=GRACE_S)
-            await self.client.stop()
+            http.force_exit = True
+            await asyncio.wait({serving}, timeout=GRACE_S)
 
     async def _ready(self) -> None:
         started = await self.client.ready()
