@@ -276,7 +276,7 @@ def groups_of_rows() -> list[dict[str, Any]]:
                 break
         else:
             groups.append({name: value})
-    return [group if {"backend", "mode"} & set(group) else {**group, "backend": "eager"} for group in groups]
+    return [{"backend": "eager", **group} for group in groups]
 
 
 GROUPS = groups_of_rows()
