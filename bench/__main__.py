@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -260,6 +261,7 @@ def main() -> int:
             vllm_versions(options.vllm_python)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what runs is ended, folders are removed
     with tempfile.TemporaryDirectory(prefix="onegraph-bench-") as folder:
         facts = measure(
             options.shape,

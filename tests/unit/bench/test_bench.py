@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -100,6 +101,32 @@ def test_a_timeout_ends_what_the_process_started(tmp_path: Path) -> None:
     while status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z" and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_a_harness_that_is_told_to_end_leaves_nothing_running(tmp_path: Path) -> None:
+    """SIGTERM ended the harness alone, and an engine stayed to load the machine for half an hour."""
+    words = ["--shape", "toy-4", "--engines", "transformers", "--workloads", "warm_start", "--out", str(tmp_path / "x")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "bench", *words], env={**os.environ, "TMPDIR": str(tmp_path)}, cwd=ROOT
+    ) as harness:
+
+        def workers() -> list[str]:
+            found = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+            return [entry.name for entry in found if str(tmp_path).encode() in command_line(entry)]
+
+        deadline = time.monotonic() + 60
+        while not any(name != str(harness.pid) for name in workers()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        harness.send_signal(signal.SIGTERM)
+        assert harness.wait(20) == 143
+        assert workers() == [] and not list(tmp_path.glob("onegraph-bench-*"))
+
+
+def command_line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:  # it has ended
+        return b""
 
 
 def test_failures_name_no_folders() -> None:
