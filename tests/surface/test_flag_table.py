@@ -24,6 +24,8 @@ from onegraph.errors import ConfigError
 from onegraph.targets import device_rules
 from tests.architectures import make_model
 
+pytestmark = pytest.mark.usefixtures("op_kernels")
+
 ACCEPTED: list[tuple[str, Any]] = [
     ("level", 0),
     ("level", 1),
