@@ -57,7 +57,10 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: b
 
     def run(*inputs: Any) -> Any:
         nonlocal known, by_storage
-        weights = [holder[key] for holder, key in places]
+        try:
+            weights = [holder[key] for holder, key in places]
+        except (KeyError, ValueError):  # deleted, from a dict or a closure
+            weights = _standing(places)
         if any(map(is_not, weights, known)):
             _check_replaced(captured.weights, weights, facts)
             known, by_storage = weights, _by_storage(weights) if tensors else by_storage
@@ -74,13 +77,13 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: b
         return call(*weights, *inputs)
 
     def fit() -> bool:
-        weights = [holder[key] for holder, key in places]
+        weights = _standing(places)
         if any(map(is_not, weights, known)) or list(map(_dtype, weights)) != dtypes:
             return list(map(_facts, weights)) == facts
         return True
 
     def changes() -> tuple[tuple[StateEntry, str], ...]:
-        now = [_facts(holder[key]) for holder, key in places]
+        now = list(map(_facts, _standing(places)))
         return tuple(
             (StateEntry(weight.name, str(then)), str(facts_now))
             for weight, then, facts_now in zip(captured.weights, facts, now, strict=True)
@@ -88,6 +91,21 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: b
         )
 
     return BoundWeights(run, fit, changes)
+
+
+class _Gone:
+    """Stands for a weight that was deleted."""
+
+
+def _standing(places: Sequence[tuple[Any, Any]]) -> list[Any]:
+    """The weights at their places now, `_Gone()` for one that isn't there."""
+    found: list[Any] = []
+    for holder, key in places:
+        try:
+            found.append(holder[key])
+        except (KeyError, ValueError):
+            found.append(_Gone())
+    return found
 
 
 def _dtype(tensor: Any) -> Any:
@@ -125,6 +143,8 @@ def _refuse_overlap(
 
 
 def _facts(tensor: Any) -> tuple[Any, ...]:
+    if isinstance(tensor, _Gone):
+        return ("nothing",)
     if not isinstance(tensor, torch.Tensor):
         return (type(tensor),)
     return (
