@@ -20,6 +20,7 @@ from onegraph.ir.artifact import PieceCallable
 from onegraph.ir.graph import CapturedGraph, WeightInput
 from onegraph.ir.ledger import StateEntry
 from onegraph.torch_compat.overlap import overlapping, share_storage
+from onegraph.torch_compat.tensor_checks import KindCheck, tensor_facts
 from onegraph.torch_compat.torch_state import set_grad_enabled
 
 
@@ -44,8 +45,8 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: b
     """
     places = [(weight.holder, weight.key) for weight in captured.weights]
     known = [holder[key] for holder, key in places]
-    facts = [_facts(tensor) for tensor in known]
-    dtypes = [_dtype(tensor) for tensor in known]
+    same_kinds = KindCheck(known)
+    facts = same_kinds.facts
     fakes = captured.fake_inputs[len(places) :]
     tensors = [index for index, fake in enumerate(fakes) if isinstance(fake, torch.Tensor)] if mutates_inputs else []
     names = [captured.input_names[index] for index in tensors] + [weight.name for weight in captured.weights]
@@ -61,7 +62,7 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: b
         if any(map(is_not, weights, known)):
             _check_replaced(captured.weights, weights, facts)
             known, by_storage = weights, _by_storage(weights) if tensors else by_storage
-        elif list(map(_dtype, weights)) != dtypes:  # module.to(dtype) keeps the Parameter and changes its data
+        elif not same_kinds(weights):  # module.to(dtype) and .data = keep the Parameter
             _check_replaced(captured.weights, weights, facts)
         if tensors:
             _refuse_overlap(names, [inputs[index] for index in tensors], weights, by_storage)
@@ -75,12 +76,12 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: b
 
     def fit() -> bool:
         weights = [holder[key] for holder, key in places]
-        if any(map(is_not, weights, known)) or list(map(_dtype, weights)) != dtypes:
-            return list(map(_facts, weights)) == facts
-        return True
+        if any(map(is_not, weights, known)):
+            return list(map(tensor_facts, weights)) == facts
+        return same_kinds(weights)
 
     def changes() -> tuple[tuple[StateEntry, str], ...]:
-        now = [_facts(holder[key]) for holder, key in places]
+        now = [tensor_facts(holder[key]) for holder, key in places]
         return tuple(
             (StateEntry(weight.name, str(then)), str(facts_now))
             for weight, then, facts_now in zip(captured.weights, facts, now, strict=True)
@@ -88,10 +89,6 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: b
         )
 
     return BoundWeights(run, fit, changes)
-
-
-def _dtype(tensor: Any) -> Any:
-    return getattr(tensor, "dtype", None)  # a weight may have been replaced by None
 
 
 def _by_storage(weights: Sequence[Any]) -> dict[int, list[int]]:
@@ -124,22 +121,11 @@ def _refuse_overlap(
         )
 
 
-def _facts(tensor: Any) -> tuple[Any, ...]:
-    if not isinstance(tensor, torch.Tensor):
-        return (type(tensor),)
-    return (
-        tensor.dtype,
-        tensor.device,
-        tensor.shape,
-        tensor.stride() if tensor.layout == torch.strided else None,
-    )
-
-
 def _check_replaced(weights: tuple[WeightInput, ...], tensors: list[Any], facts: list[tuple[Any, ...]]) -> None:
     for weight, tensor, expected in zip(weights, tensors, facts, strict=True):
-        if _facts(tensor) != expected:
+        if tensor_facts(tensor) != expected:
             raise InputContractError(
-                f"{weight.name} was replaced by {_facts(tensor)}; the module was compiled for {expected}",
+                f"{weight.name} was replaced by {tensor_facts(tensor)}; the module was compiled for {expected}",
                 where=f"weight {weight.name}",
                 hint="compile the module again after changing the dtype, device or shape of its weights",
             )

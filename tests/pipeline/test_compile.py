@@ -651,6 +651,49 @@ def test_a_module_moved_to_another_dtype_is_captured_once_more() -> None:
     torch.testing.assert_close(compiled(x), module(x))
 
 
+RESIZED = torch.ones(4)
+KEPT_KIND = nn.Linear(4, 4, bias=False)
+CHANGED_IN_PLACE: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[], object]]] = {
+    "data of another shape": (
+        lambda x: x * KEPT_KIND.weight.shape[0] + KEPT_KIND.weight.sum(),
+        lambda: setattr(KEPT_KIND.weight, "data", torch.ones(8, 4)),
+    ),
+    "data of another layout": (
+        lambda x: x * KEPT_KIND.weight.stride(0) + KEPT_KIND.weight.sum(),
+        lambda: setattr(KEPT_KIND.weight, "data", torch.ones(4, 4).t()[:, 1:]),
+    ),
+    "shape alone": (
+        lambda x: x * KEPT_KIND.weight.shape[0],
+        lambda: setattr(KEPT_KIND.weight, "data", torch.ones(6, 4)),
+    ),
+    "resized global": (lambda x: x.sum() + torch.zeros(RESIZED.shape[0]), lambda: RESIZED.resize_(6)),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED_IN_PLACE)
+def test_a_weight_that_is_changed_to_another_kind_in_place_is_captured_once_more(case: str) -> None:
+    model, change = CHANGED_IN_PLACE[case]
+    KEPT_KIND.weight.data = torch.ones(4, 4)
+    compiled = onegraph.compile(model, dynamic_shapes=X, config={"backend": "eager"})
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+        change()
+        with counters.expect(recaptures=1):
+            assert torch.equal(compiled(x), model(x))
+        with counters.expect(recaptures=0):
+            compiled(x)
+
+
+def test_a_weight_that_is_changed_to_another_shape_in_place_is_refused_where_state_is_frozen() -> None:
+    module = nn.Linear(4, 4, bias=False)
+    compiled = onegraph.compile(module, config={"backend": "eager", "freeze": True})
+    compiled(torch.ones(3, 4))
+    module.weight.data = torch.zeros(8, 4)
+    with pytest.raises(InputContractError, match="weight was replaced"):
+        compiled(torch.ones(3, 4))
+
+
 GLOBAL_LINEAR = nn.Linear(4, 4, bias=False)
 
 

@@ -29,6 +29,7 @@ from onegraph.torch_compat.folds import FoldedCall
 from onegraph.torch_compat.guards import GuardFact
 from onegraph.torch_compat.identity import Identities, Places
 from onegraph.torch_compat.shapes import is_torch_file
+from onegraph.torch_compat.tensor_checks import KindCheck
 from onegraph.torch_compat.torch_state import GLOBAL_READS
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -240,7 +241,7 @@ def _read(
     if isinstance(value, torch.Tensor):
         weight = by_tensor.get(id(value))
         if weight is None:
-            return read("{x} is not $tensor", described, tensor=value)
+            return read("{x} is not $tensor or not $same(({x},))", described, tensor=value, same=KindCheck((value,)))
         return read(
             "{x} is not $holder[$key] or {x} is None",
             lambda now: weight.name if now is weight.holder[weight.key] else described(now),
