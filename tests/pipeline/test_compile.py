@@ -393,6 +393,53 @@ def test_methods_hooks_and_tied_weights() -> None:
     torch.testing.assert_close(method(x), module[0](x).detach())
 
 
+class AddOne(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return x + 1 if y is None else x + y
+
+
+HOOKS: dict[str, Callable[[nn.Module], object]] = {
+    "pre-hook that takes all": lambda m: m.register_forward_pre_hook(lambda m, args: tuple(a * 2 for a in args)),
+    "pre-hook that takes the first": lambda m: m.register_forward_pre_hook(lambda m, args: (args[0] * 2, *args[1:])),
+    "hook that counts": lambda m: m.register_forward_hook(lambda m, args, out: out * len(args)),
+    "pre-hook with keywords": lambda m: m.register_forward_pre_hook(
+        lambda m, args, kwargs: (args, {name: value * 3 for name, value in kwargs.items()}), with_kwargs=True
+    ),
+    "hook with keywords": lambda m: m.register_forward_hook(
+        lambda m, args, kwargs, out: out * (len(args) + 3 * len(kwargs)), with_kwargs=True
+    ),
+}
+CALLS: dict[str, Callable[[Callable[..., torch.Tensor], torch.Tensor], torch.Tensor]] = {
+    "one": lambda f, x: f(x),
+    "two": lambda f, x: f(x, x * 2),
+    "one by name": lambda f, x: f(x, y=x * 2),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_see_the_arguments_as_they_were_given(hook: str, call: str) -> None:
+    module = AddOne()
+    HOOKS[hook](module)
+    compiled = onegraph.compile(module, dynamic_shapes={"x": {0: NUM_TOKENS}}, config={"backend": "eager"})
+    if call != "one":
+        compiled = onegraph.compile(
+            module, dynamic_shapes={"x": {0: NUM_TOKENS}, "y": {0: NUM_TOKENS}}, config={"backend": "eager"}
+        )
+    for size in (3, 5):
+        x = torch.randn(size, 4)
+        assert torch.equal(CALLS[call](compiled, x), CALLS[call](module, x))
+
+
+def test_other_arguments_by_name_than_the_hooks_saw_are_refused() -> None:
+    module = AddOne()
+    module.register_forward_hook(lambda m, args, out: out * len(args))
+    compiled = onegraph.compile(module, dynamic_shapes={"x": {0: NUM_TOKENS}}, config={"backend": "eager"})
+    compiled(torch.ones(3, 4))
+    with pytest.raises(InputContractError, match="the positional arguments broke the input contract: its length"):
+        compiled(x=torch.ones(3, 4))
+
+
 def test_a_tensor_given_twice_stays_one() -> None:
     def model(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         a.add_(1)

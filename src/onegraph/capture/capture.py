@@ -56,13 +56,7 @@ def capture(
     function, owner = traced_function(module)
     hooked = isinstance(module, torch.nn.Module) and function is not getattr(module.forward, "__func__", None)
     signature = inspect.signature(module.forward) if hooked else _signature_without_self(function, owner)
-    if hooked and any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in signature.parameters.values()):
-        raise CaptureError(
-            f"{type(module).__name__} has hooks, and a forward whose arguments can't all be given by name",
-            where=f"forward{signature}",
-            hint="remove the hooks, or compile module.forward, which runs without them",
-        )
-    inputs = read_call(signature, args, kwargs, dynamic_shapes, max_size, by_keyword=hooked, sizing=sizing)
+    inputs = read_call(signature, args, kwargs, dynamic_shapes, max_size, hooked=hooked, sizing=sizing)
     counters.add("dynamo_compiles")
     trace = functools.partial(dynamo.capture, size_oblivious=sizing.mode == "backed_size_oblivious")
     try:

@@ -316,8 +316,7 @@ def _signature_code(inputs: CallInputs, code: _Code) -> tuple[str, str]:
             arguments.append(f"**{name}")
         else:
             parameters.append(f"{name}{default}")
-            by_name = inputs.by_keyword or parameter.kind is parameter.KEYWORD_ONLY
-            arguments.append(f"{name}={name}" if by_name else name)
+            arguments.append(f"{name}={name}" if parameter.kind is parameter.KEYWORD_ONLY else name)
         if parameter.kind is parameter.POSITIONAL_ONLY and kinds[index + 1 : index + 2] != [parameter.POSITIONAL_ONLY]:
             parameters.append("/")
     return ", ".join(parameters), ", ".join(arguments)
@@ -329,6 +328,10 @@ def _break(entry: InputEntry, value: Any) -> None:
     actual: Any = value
     if isinstance(value, torch.Tensor):
         actual = f"a tensor {value.dtype} {tuple(value.shape)} with strides {value.stride()} on {value.device}"
+    elif entry.fact == "length":
+        actual = f"one of length {len(value)}"
+    elif entry.fact == "keys":
+        actual = tuple(value)
     elif entry.fact in ("type", "value"):
         actual = f"{type(value).__name__} {value!r:.80}"
     _refuse(entry, f"its {entry.fact} was {entry.value} when the module was captured, and now it is given {actual}")
