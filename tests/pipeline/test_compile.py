@@ -440,6 +440,133 @@ def test_other_arguments_by_name_than_the_hooks_saw_are_refused() -> None:
         compiled(x=torch.ones(3, 4))
 
 
+def tagged() -> torch.Tensor:
+    x = torch.ones(3, 4)
+    x.tag = 1  # type: ignore[attr-defined]
+    return x
+
+
+def with_grad() -> torch.Tensor:
+    x = torch.ones(3, 4)
+    x.grad = torch.ones(3, 4)
+    return x
+
+
+def product() -> torch.Tensor:
+    with torch.enable_grad():
+        return torch.ones(3, 4, requires_grad=True) * 1
+
+
+TENSOR_QUESTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[], torch.Tensor]]] = {
+    "isinstance Parameter": (lambda x: isinstance(x, nn.Parameter), lambda: nn.Parameter(torch.ones(3, 4))),
+    "type": (lambda x: type(x) is not torch.Tensor, lambda: nn.Parameter(torch.ones(3, 4))),
+    "__class__": (lambda x: x.__class__ is not torch.Tensor, lambda: nn.Parameter(torch.ones(3, 4))),
+    "requires_grad": (lambda x: x.requires_grad, lambda: torch.ones(3, 4, requires_grad=True)),
+    "is_leaf": (lambda x: not x.is_leaf, product),
+    "grad_fn": (lambda x: x.grad_fn is not None, product),
+    "grad": (lambda x: x.grad is not None, with_grad),
+    "hasattr": (lambda x: hasattr(x, "tag"), tagged),
+}
+
+
+@pytest.mark.parametrize("case", TENSOR_QUESTIONS)
+def test_what_a_trace_asks_of_a_tensor_belongs_to_the_input_contract(case: str) -> None:
+    ask, make_other = TENSOR_QUESTIONS[case]
+    plain, other = torch.ones(3, 4), make_other()
+    with torch.no_grad():
+        compiled = onegraph.compile(lambda x: x * 2 if ask(x) else x * 3, config={"backend": "eager"})
+        assert torch.equal(compiled(plain), plain * 3)
+        assert torch.equal(compiled(plain), plain * 3)
+        with pytest.raises(InputContractError, match=r"^\[OG-INPUT\] x.* when the module was captured"):
+            compiled(other)
+        with pytest.raises(CaptureError, match="the module asks about x"):
+            onegraph.compile(lambda x: x * 2 if ask(x) else x * 3, config={"backend": "eager"})(other)
+
+
+@dataclass
+class Ids:
+    ids: torch.Tensor
+    factor = 2.0
+
+    def __post_init__(self) -> None:
+        self.extra = 2.0
+
+    def scaled(self) -> torch.Tensor:
+        return self.ids * 3
+
+
+class IdsAndSize(namedtuple("IdsAndSize", ["ids", "size"])):
+    factor = 2.0
+
+
+def test_an_attribute_that_is_no_field_belongs_to_the_input_contract() -> None:
+    x = torch.ones(3, 4)
+    batch = Ids(x)
+    batch.extra = 5.0
+    compiled = onegraph.compile(lambda x, b: x * b.extra + b.ids, config={"backend": "eager"})
+    assert torch.equal(compiled(x, Ids(x)), x * 3)
+    with pytest.raises(InputContractError, match=r"b\.extra .* it was 2.0 .* and now is 5.0"):
+        compiled(x, batch)
+    del batch.extra
+    with pytest.raises(InputContractError, match=r"b\.extra .* it was 2.0 .* and now"):
+        compiled(x, batch)
+
+
+def test_an_attribute_that_was_absent_belongs_to_the_input_contract() -> None:
+    x, batch = torch.ones(3, 4), Ids(torch.ones(3, 4))
+    compiled = onegraph.compile(lambda x, b: x * 2 if hasattr(b, "late") else x * 3, config={"backend": "eager"})
+    assert torch.equal(compiled(x, batch), x * 3)
+    batch.late = 1  # type: ignore[attr-defined]
+    with pytest.raises(InputContractError, match="without late .* and now is with late"):
+        compiled(x, batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "changed"),
+    [(Ids, "factor", 7.0), (Ids, "scaled", lambda self: self.ids * 100), (IdsAndSize, "factor", 7.0)],
+)
+def test_a_changed_class_of_an_argument_is_captured_once_more(
+    kind: Any, name: str, changed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model(x: torch.Tensor, b: Any) -> Any:
+        return x * getattr(b, name)() if name == "scaled" else x * getattr(b, name)
+
+    x = torch.ones(3, 4)
+    batch = Ids(x) if kind is Ids else IdsAndSize(x, 1)
+    compiled = onegraph.compile(model, config={"backend": "eager"})
+    assert torch.equal(compiled(x, batch), model(x, batch))
+    monkeypatch.setattr(kind, name, changed)
+    with counters.expect(recaptures=1):
+        assert torch.equal(compiled(x, batch), model(x, batch))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: torch.nested.nested_tensor([x[0], x[0], x[0]]),
+        lambda x: x.to_sparse(),
+        lambda x: x.to_sparse_csr(),
+    ],
+    ids=["nested", "sparse", "sparse csr"],
+)
+@pytest.mark.parametrize("dynamic_shapes", [None, X], ids=["static", "dynamic"])
+def test_a_tensor_of_another_layout_is_refused(other: Any, dynamic_shapes: Any) -> None:
+    """C++ ended the process at the nested one, which has neither sizes nor strides."""
+    compiled = onegraph.compile(lambda x: x * 2, dynamic_shapes=dynamic_shapes, config={"backend": "eager"})
+    x = torch.ones(3, 4)
+    compiled(x)
+    with pytest.raises(InputContractError, match="its layout was torch.strided"):
+        compiled(other(x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_refused_at_capture() -> None:
+    with pytest.raises(CaptureError, match="x is a nested tensor"):
+        onegraph.compile(lambda x: x * 2)(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+
+
 def test_a_tensor_given_twice_stays_one() -> None:
     def model(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         a.add_(1)

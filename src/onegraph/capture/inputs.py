@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch.export import Dim
 
 from onegraph.capture.regions import UNBACKED, Sizing
-from onegraph.errors import ConfigError, ShapeOutOfRangeError, nearest
+from onegraph.errors import CaptureError, ConfigError, ShapeOutOfRangeError, nearest
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.region import canonical_hint
 from onegraph.torch_compat import dynamo
@@ -54,6 +55,11 @@ class Container:
     kind: type
     keys: tuple[Any, ...] | int
     twin: Container | None = None
+
+    @property
+    def source(self) -> str:
+        """Dynamo's name of it."""
+        return re.sub(r"^\w+", lambda name: f"L[{name[0]!r}]", self.code)
 
     @property
     def is_mutable(self) -> bool:
@@ -279,6 +285,12 @@ class _Walk:
         return copied
 
     def tensor(self, value: torch.Tensor, path: str, source: str, code: str, spec: Any) -> torch.Tensor:
+        if value.is_nested and value.layout == torch.strided:  # has no shape
+            raise CaptureError(
+                f"{path} is a nested tensor, which can't be traced",
+                where=f"argument {path}",
+                hint="pass it with layout=torch.jagged, or padded: torch.nested.to_padded_tensor",
+            )
         declared = self.tensor_dims(value, path, spec)
         alias = self.aliases.get(id(value))
         is_new = alias is None
