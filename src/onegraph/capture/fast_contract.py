@@ -48,6 +48,8 @@ def fast_path(
             conditions += _container_conditions(constant, container, local)
     tensors = {id(leaf.value): leaf for leaf in reversed(leaves)}  # the first place of each
     firsts = [leaf for leaf in leaves if tensors[id(leaf.value)] is leaf]
+    for leaf in firsts:  # C++ ends the process for a nested tensor
+        conditions.append(f"not {local.assigned(leaf.code)}.is_nested")
     sizes = _sizes(leaves, size_names, local)
     check = constant(_CheckBySizes(firsts, tuple(sizes), inputs.dims))
     tensors_given = ", ".join(local.assigned(leaf.code) for leaf in firsts)
