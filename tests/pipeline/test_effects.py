@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,6 +233,11 @@ def counts_in_a_dict(self: Any, x: torch.Tensor) -> torch.Tensor:
     return x * self.kept["n"]
 
 
+class Holder:
+    def __init__(self) -> None:
+        self.k = torch.zeros(3, 4)
+
+
 def keeps_a_tensor(self: Any, x: torch.Tensor) -> torch.Tensor:
     self.kept.k = self.kept.k + x
     return self.kept.k * 1
@@ -279,7 +283,7 @@ def slides(self: Any, x: torch.Tensor) -> torch.Tensor:
 REPEATED: dict[str, tuple[Callable[[], Any], Callable[..., torch.Tensor]]] = {
     "dict": (lambda: {"n": 0}, counts_in_a_dict),
     "counter": (collections.Counter, counts_in_a_dict),
-    "object": (lambda: types.SimpleNamespace(k=torch.zeros(3, 4)), keeps_a_tensor),
+    "object": (Holder, keeps_a_tensor),
     "deque": (collections.deque, appends),
     "set": (set, adds),
     "attribute that is missing": (dict, starts_lazily),
