@@ -58,7 +58,10 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: b
 
     def run(*inputs: Any) -> Any:
         nonlocal known, by_storage
-        weights = [holder[key] for holder, key in places]
+        try:
+            weights = [holder[key] for holder, key in places]
+        except (KeyError, ValueError):  # deleted, from a dict or a closure
+            weights = _standing(places)
         if any(map(is_not, weights, known)):
             _check_replaced(captured.weights, weights, facts)
             known, by_storage = weights, _by_storage(weights) if tensors else by_storage
@@ -75,13 +78,13 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: b
         return call(*weights, *inputs)
 
     def fit() -> bool:
-        weights = [holder[key] for holder, key in places]
+        weights = _standing(places)
         if any(map(is_not, weights, known)):
-            return list(map(tensor_facts, weights)) == facts
+            return list(map(_facts, weights)) == facts
         return same_kinds(weights)
 
     def changes() -> tuple[tuple[StateEntry, str], ...]:
-        now = [tensor_facts(holder[key]) for holder, key in places]
+        now = list(map(_facts, _standing(places)))
         return tuple(
             (StateEntry(weight.name, str(then)), str(facts_now))
             for weight, then, facts_now in zip(captured.weights, facts, now, strict=True)
@@ -89,6 +92,21 @@ def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: b
         )
 
     return BoundWeights(run, fit, changes)
+
+
+class _Gone:
+    """Stands for a weight that was deleted."""
+
+
+def _standing(places: Sequence[tuple[Any, Any]]) -> list[Any]:
+    """The weights at their places now, `_Gone()` for one that isn't there."""
+    found: list[Any] = []
+    for holder, key in places:
+        try:
+            found.append(holder[key])
+        except (KeyError, ValueError):
+            found.append(_Gone())
+    return found
 
 
 def _by_storage(weights: Sequence[Any]) -> dict[int, list[int]]:
@@ -121,11 +139,15 @@ def _refuse_overlap(
         )
 
 
+def _facts(tensor: Any) -> tuple[Any, ...]:
+    return ("nothing",) if isinstance(tensor, _Gone) else tensor_facts(tensor)
+
+
 def _check_replaced(weights: tuple[WeightInput, ...], tensors: list[Any], facts: list[tuple[Any, ...]]) -> None:
     for weight, tensor, expected in zip(weights, tensors, facts, strict=True):
-        if tensor_facts(tensor) != expected:
+        if _facts(tensor) != expected:
             raise InputContractError(
-                f"{weight.name} was replaced by {tensor_facts(tensor)}; the module was compiled for {expected}",
+                f"{weight.name} was replaced by {_facts(tensor)}; the module was compiled for {expected}",
                 where=f"weight {weight.name}",
                 hint="compile the module again after changing the dtype, device or shape of its weights",
             )

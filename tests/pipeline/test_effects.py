@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaModel
 
 import onegraph
-from onegraph.errors import CompileError
+from onegraph.counters import counters
+from onegraph.errors import CaptureError, CompileError
 
 BACKENDS = ["eager", "aot_eager", "inductor"]
 ROWS = {"x": {0: Dim("rows", min=2, max=64)}}
@@ -224,3 +226,113 @@ def test_dropout_that_decides_nothing_is_as_eager_s(p: float, training: bool, ba
         expected, expected_drawn = model(x)
         torch.testing.assert_close((kept, drawn), (expected, expected_drawn))
         assert (kept is x) == (expected is x)
+
+
+def counts_in_a_dict(self: Any, x: torch.Tensor) -> torch.Tensor:
+    self.kept["n"] += 1
+    return x * self.kept["n"]
+
+
+class Holder:
+    def __init__(self) -> None:
+        self.k = torch.zeros(3, 4)
+
+
+def keeps_a_tensor(self: Any, x: torch.Tensor) -> torch.Tensor:
+    self.kept.k = self.kept.k + x
+    return self.kept.k * 1
+
+
+def appends(self: Any, x: torch.Tensor) -> torch.Tensor:
+    self.kept.append(1)
+    return x * len(self.kept)
+
+
+def adds(self: Any, x: torch.Tensor) -> torch.Tensor:
+    self.kept.add(len(self.kept))
+    return x * len(self.kept)
+
+
+def starts_lazily(self: Any, x: torch.Tensor) -> torch.Tensor:
+    if not hasattr(self, "late"):
+        self.late = torch.ones(4) * 5
+        return x * 0
+    return x * self.late
+
+
+def starts_by_except(self: Any, x: torch.Tensor) -> torch.Tensor:
+    try:
+        late = self.late
+    except AttributeError:
+        self.late = late = x.sum()
+    return x * late
+
+
+def swaps(self: Any, x: torch.Tensor) -> torch.Tensor:
+    self.kept.reverse()
+    self.kept[0].add_(x)
+    return self.kept[1] * 2 + self.kept[0]
+
+
+def slides(self: Any, x: torch.Tensor) -> torch.Tensor:
+    last = self.kept[-1] + x
+    self.kept = [*self.kept[1:], last]
+    return last
+
+
+REPEATED: dict[str, tuple[Callable[[], Any], Callable[..., torch.Tensor]]] = {
+    "dict": (lambda: {"n": 0}, counts_in_a_dict),
+    "counter": (collections.Counter, counts_in_a_dict),
+    "object": (Holder, keeps_a_tensor),
+    "deque": (collections.deque, appends),
+    "set": (set, adds),
+    "attribute that is missing": (dict, starts_lazily),
+    "attribute that raises": (dict, starts_by_except),
+    "tensors swapped": (lambda: [torch.zeros(3, 4), torch.ones(3, 4)], swaps),
+    "window": (lambda: [torch.zeros(3, 4), torch.ones(3, 4)], slides),
+}
+
+
+@pytest.mark.parametrize("options", [{"config": {"freeze": True}}, {"own_module": True}], ids=["freeze", "own_module"])
+@pytest.mark.parametrize("name", REPEATED)
+def test_an_effect_that_would_be_repeated_is_refused_where_state_is_not_compared(
+    name: str, options: dict[str, Any]
+) -> None:
+    make, forward = REPEATED[name]
+    module = type("Keeps", (nn.Module,), {"forward": forward})()
+    module.kept = make()
+    config = {"backend": "eager", **options.get("config", {})}
+    compiled = onegraph.compile(module, **{**options, "config": config})
+    with pytest.raises(CaptureError, match="reads and changes Python state"):
+        compiled(torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_counters_that_feed_one_another_and_one_of_a_submodule_count_on(freeze: bool) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.second = 0
+            self.sub = nn.Identity()
+            self.sub.calls = 0  # type: ignore[assignment]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.first += 1
+            self.second += self.first
+            self.sub.calls += 1  # type: ignore[operator]
+            return x * self.second + self.sub.calls  # type: ignore[operator]
+
+    module = Counts()
+    eager = copy.deepcopy(module)
+    compiled = onegraph.compile(module, config={"backend": "eager", "freeze": freeze})
+    x = torch.ones(3, 4)
+    with counters.expect(graphs_captured=1):
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), eager(x))
+
+
+def test_a_deque_of_limited_length_is_refused_since_torch_forgets_the_limit() -> None:
+    module = type("Keeps", (nn.Module,), {"forward": appends})()
+    module.kept = collections.deque(maxlen=2)
+    with pytest.raises(CaptureError, match="deque of limited length"):
+        onegraph.compile(module, config={"backend": "eager"})(torch.ones(3, 4))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 import os
 import sys
 import threading
@@ -19,7 +21,7 @@ from transformers import LlamaConfig, LlamaModel
 import onegraph
 from onegraph.compiled import MAX_TRACES
 from onegraph.counters import counters
-from onegraph.errors import ConfigError, StateChangedError
+from onegraph.errors import ConfigError, OnegraphError, StateChangedError
 
 EAGER = {"backend": "eager"}
 ROWS = {"x": {0: Dim("rows", min=1, max=64)}}
@@ -591,3 +593,194 @@ def test_explain_says_what_a_mode_can_not_see() -> None:
         assert told is None if expected is None else told.startswith(expected)
         assert ("not seen" in str(compiled.explain())) is (expected is not None)
         assert compiled.explain().to_dict()["graph"]["ops"] >= 1
+
+
+def scaled_by(factor: float) -> Callable[..., torch.Tensor]:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * factor
+
+    return forward
+
+
+def module_of(forward: Callable[..., torch.Tensor], kept: Any = None, **members: Any) -> Any:
+    """A module of a class of its own."""
+    module = type("Case", (nn.Module,), {"forward": forward, **members})()
+    module.kept = kept
+    return module
+
+
+def by_default(self: Any, x: torch.Tensor, factor: float = 2.0) -> torch.Tensor:
+    return x * factor
+
+
+def by_keyword_default(self: Any, x: torch.Tensor, *, factor: float = 2.0) -> torch.Tensor:
+    return x * factor
+
+
+def by_gradient(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return x * (2 if self.kept.requires_grad else 3) + self.kept
+
+
+def by_attribute_of_weight(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return x * (2 if hasattr(self.kept, "scale") else 3) + self.kept
+
+
+def by_class_method(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return x * self.by()
+
+
+def by_missing_key(self: Any, x: torch.Tensor) -> torch.Tensor:
+    try:
+        return x * self.kept["factor"]
+    except KeyError:
+        return x * 3
+
+
+def by_missing_attribute(self: Any, x: torch.Tensor) -> torch.Tensor:
+    try:
+        return x * self.kept.factor
+    except AttributeError:
+        return x * 3
+
+
+def by_own_missing_attribute(self: Any, x: torch.Tensor) -> torch.Tensor:
+    try:
+        return x * self.factor
+    except AttributeError:
+        return x * 3
+
+
+class Fallback:
+    def __init__(self) -> None:
+        self.values = {"factor": 2.0}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "values" or name.startswith("__"):  # asked by copy
+            raise AttributeError
+        return self.values[name]
+
+
+PYTHON_MODULE: Any = types.ModuleType("python_module")
+RENAMED = os.environ
+
+LATE: dict[str, tuple[Callable[[], Any], Callable[[Any, pytest.MonkeyPatch], Any]]] = {
+    "default": (
+        lambda: module_of(by_default),
+        lambda m, p: p.setattr(by_default, "__defaults__", (3.0,)),
+    ),
+    "keyword default": (
+        lambda: module_of(by_keyword_default),
+        lambda m, p: p.setattr(by_keyword_default, "__kwdefaults__", {"factor": 3.0}),
+    ),
+    "another closure of the same code": (
+        lambda: module_of(scaled_by(2.0)),
+        lambda m, p: setattr(type(m), "forward", scaled_by(3.0)),
+    ),
+    "requires_grad": (
+        lambda: module_of(by_gradient, nn.Parameter(torch.ones(4))),
+        lambda m, p: m.kept.requires_grad_(False),
+    ),
+    "attribute of a weight": (
+        lambda: module_of(by_attribute_of_weight, nn.Parameter(torch.ones(4))),
+        lambda m, p: setattr(m.kept, "scale", 1),
+    ),
+    "class of a submodule": (
+        lambda: module_of(lambda self, x: self.kept(x - 5), nn.ReLU()),
+        lambda m, p: setattr(m.kept, "__class__", nn.SiLU),
+    ),
+    "class method": (
+        lambda: module_of(by_class_method, by=classmethod(lambda cls: 2)),
+        lambda m, p: setattr(type(m), "by", classmethod(lambda cls: 5)),
+    ),
+    "attribute that only __getattr__ had": (
+        lambda: module_of(lambda self, x: x * self.kept.factor, Fallback()),
+        lambda m, p: setattr(m.kept, "factor", 9.0),
+    ),
+    "missing key": (lambda: module_of(by_missing_key, {}), lambda m, p: m.kept.update(factor=9.0)),
+    "missing attribute": (
+        lambda: module_of(by_missing_attribute, types.SimpleNamespace()),
+        lambda m, p: setattr(m.kept, "factor", 9.0),
+    ),
+    "missing attribute of the module": (
+        lambda: module_of(by_own_missing_attribute),
+        lambda m, p: setattr(m, "factor", 9.0),
+    ),
+    "missing attribute of a Python module": (
+        lambda: module_of(lambda self, x: x * getattr(PYTHON_MODULE, "factor", 2.0)),
+        lambda m, p: p.setattr(PYTHON_MODULE, "factor", 9.0, raising=False),
+    ),
+    "global that hides a builtin": (
+        lambda: module_of(lambda self, x: x * abs(-3)),
+        lambda m, p: p.setitem(globals(), "abs", lambda value: 100),
+    ),
+    "set": (lambda: module_of(lambda self, x: x * sum(self.kept), {1, 2}), lambda m, p: m.kept.add(3)),
+    "list in a tuple": (
+        lambda: module_of(lambda self, x: x * sum(map(sum, self.kept)), ([1, 2], [3])),
+        lambda m, p: m.kept[1].append(3),
+    ),
+    "iterator": (lambda: module_of(lambda self, x: x * next(self.kept), itertools.count(1)), lambda m, p: None),
+    "environment by another name": (
+        lambda: module_of(lambda self, x: x * 2 if RENAMED.get("MODEL_VARIANT") else x * 3),
+        lambda m, p: p.setenv("MODEL_VARIANT", "b"),
+    ),
+    "weight that becomes a plain tensor": (
+        lambda: module_of(lambda self, x: x + self.kept, nn.Parameter(torch.ones(4))),
+        lambda m, p: (delattr(m, "kept"), setattr(m, "kept", torch.zeros(4))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_dynamo_does_not_guard_is_compared_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, change = LATE[name]
+    module = make()
+    eager = copy.deepcopy(module)
+    compiled = onegraph.compile(module, config=EAGER)
+    x = torch.ones(3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), eager(x), rtol=0, atol=0)
+        change(module, monkeypatch)
+        if name != "iterator":
+            eager = module
+        torch.testing.assert_close(compiled(x), eager(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_deleted_weight_is_an_error_of_ours(freeze: bool) -> None:
+    module = nn.Linear(4, 4)
+    compiled = onegraph.compile(module, config={**EAGER, "freeze": freeze})
+    compiled(torch.ones(3, 4))
+    del module.bias
+    with pytest.raises(OnegraphError):
+        compiled(torch.ones(3, 4))
+
+
+@pytest.mark.parametrize(("start", "step"), [(1, -1), (-5, 1)])
+def test_a_counter_below_zero_counts_on(start: int, step: int) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        self.kept += step
+        return x * 2
+
+    module = module_of(forward, start)
+    compiled = onegraph.compile(module, config=EAGER)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(torch.ones(3, 4)), torch.full((3, 4), 2.0))
+    assert module.kept == start + 3 * step
+
+
+def test_an_index_by_a_counter_that_torch_takes_for_a_constant() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        self.kept += 1
+        return x[:, self.kept - 1]
+
+    compiled = onegraph.compile(module_of(forward, 0), config=EAGER)
+    x = torch.arange(12.0).reshape(3, 4)
+    for index in range(3):
+        torch.testing.assert_close(compiled(x), x[:, index])
+
+
+def test_a_range_that_ends_elsewhere_is_another_argument() -> None:
+    compiled = onegraph.compile(lambda x, numbers: x * numbers.stop, config=EAGER)
+    compiled(torch.ones(3), range(0, 3, 2))
+    with pytest.raises(OnegraphError):
+        compiled(torch.ones(3), range(0, 4, 2))

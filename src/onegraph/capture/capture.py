@@ -6,6 +6,7 @@ The example's sizes don't reach the graph: each declared dim is an unknown size 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import types
@@ -19,12 +20,14 @@ from onegraph.capture.cache_writes import declare_cache_writes
 from onegraph.capture.constraints import judge, judge_region, refuse_narrowing
 from onegraph.capture.contract import input_contract
 from onegraph.capture.dropout import settle_dropout
+from onegraph.capture.effects import refuse_effects
 from onegraph.capture.failures import capture_error, refuse_host_reads
 from onegraph.capture.inputs import CallInputs, read_call
 from onegraph.capture.regions import UNBACKED, Sizing
-from onegraph.capture.roots import scope_of
+from onegraph.capture.roots import Scope, rooted_expression, scope_of
 from onegraph.capture.runtime_asserts import drop_judged_asserts
 from onegraph.capture.state import reads_grad_mode, state_reads
+from onegraph.capture.state_check import evaluate
 from onegraph.capture.weights import lift_weights
 from onegraph.counters import counters
 from onegraph.errors import CaptureError
@@ -66,7 +69,7 @@ def capture(
             raw = trace(module, inputs.args, inputs.kwargs)
         if torch.is_grad_enabled() and reads_grad_mode(raw.guards):  # its answer must be the caller's
             raw = trace(module, inputs.args, inputs.kwargs)
-        raw = _with_counters_as_inputs(raw, module, inputs, trace)
+        raw = _with_counters_as_inputs(raw, module, inputs, trace, scope_of(function, owner, inputs, raw.globals_read))
     except dynamo.CAPTURE_EXCEPTIONS as error:
         raise capture_error(error, module, inputs) from error
     refuse_host_reads(raw.graph_module)
@@ -76,31 +79,26 @@ def capture(
             where=f"{function.__module__}.{function.__qualname__}",
             hint="keep such state in an attribute of the module, or outside of it",
         )
-    if raw.changed_state and not state_is_checked:
-        changed = ", ".join(state.what for state in raw.changed_state)
-        raise CaptureError(
-            f"the module reads and changes Python state when it is called, and that isn't compared before each call: "
-            f"{changed}",
-            where=f"{function.__module__}.{function.__qualname__}",
-            hint="keep it in a tensor (register_buffer), pass it as an argument, or leave out freeze and own_module",
-        )
     counters.add("graphs_captured")
-    return _captured_graph(raw, inputs, function, owner, required_alignment, sizing, split)
+    return _captured_graph(raw, inputs, function, owner, required_alignment, sizing, split, state_is_checked)
 
 
 def _with_counters_as_inputs(
-    raw: dynamo.RawCapture, module: Any, inputs: CallInputs, trace: Callable[..., dynamo.RawCapture]
+    raw: dynamo.RawCapture, module: Any, inputs: CallInputs, trace: Callable[..., dynamo.RawCapture], scope: Scope
 ) -> dynamo.RawCapture:
     """Traced once more with the ints that the module changes as inputs of the graph: `self.calls += 1` counts on."""
     sources = tuple(source for state in raw.changed_state for source in state.sources)
     if not sources or not all(state.sources for state in raw.changed_state):
         return raw
+    rooted = [rooted_expression(source, scope) for source in sources]
+    if any(one is None or not (isinstance(n := evaluate(*one), int) and n >= 0) for one in rooted):
+        return raw  # torch takes such an input for a size
     try:
         with torch.no_grad():
             again = trace(module, inputs.args, inputs.kwargs, unbacked=sources)
-    except dynamo.CAPTURE_EXCEPTIONS:  # it decides on the counter: the first trace tells what is wrong
+    except Exception:  # noqa: BLE001 - it decides on the counter, or torch does: the first trace has it as a constant
         return raw
-    return raw if again.changed_state else again
+    return raw if again.changed_state else dataclasses.replace(again, counted=raw.changed_state)
 
 
 def traced_function(module: Any) -> tuple[Any, Any]:
@@ -129,8 +127,12 @@ def _captured_graph(
     required_alignment: Callable[[int], int],
     sizing: Sizing,
     split: bool,
+    state_is_checked: bool,
 ) -> CapturedGraph:
     graph_module, weights = lift_weights(raw.graph_module, function, owner)
+    refuse_effects(
+        raw, function=function, owner=owner, inputs=inputs, weights=weights, state_is_checked=state_is_checked
+    )
     declare_cache_writes(graph_module)
     settle_dropout(graph_module)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
@@ -160,6 +162,8 @@ def _captured_graph(
         weights=weights,
         globals_read=raw.globals_read,
         traced_code=raw.traced_code,
+        builtins=raw.builtins,
+        counters=frozenset(raw.sources) & {source for state in raw.counted for source in state.sources},
         folded=raw.folded,
         identities=raw.identities,
         stored_attributes=raw.stored_attributes,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import enum
 import functools
+import inspect
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,12 +29,14 @@ from onegraph.ir.ledger import CheckedWhen, StateEntry, StateRead
 from onegraph.torch_compat.folds import FoldedCall
 from onegraph.torch_compat.guards import GuardFact
 from onegraph.torch_compat.identity import Identities, Places
+from onegraph.torch_compat.lookups import UsedBuiltin
 from onegraph.torch_compat.shapes import is_torch_file
 from onegraph.torch_compat.tensor_checks import KindCheck
 from onegraph.torch_compat.torch_state import GLOBAL_READS
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ENVIRONMENT_NAMES = frozenset({"environ", "environb", "getenv", "getenvb"})
+_IS_HEAP_TYPE = 1 << 9
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
@@ -69,6 +72,8 @@ def state_reads(
     weights: tuple[WeightInput, ...],
     globals_read: Mapping[str, Any],
     traced_code: Iterable[types.CodeType],
+    builtins: Iterable[UsedBuiltin],
+    counters: frozenset[str],
     folded: Iterable[FoldedCall],
     identities: Identities,
     stored_attributes: frozenset[str],
@@ -78,13 +83,20 @@ def state_reads(
     Every object that was read must be the same object again: a trace has answers to `a is b` in it, and the order
     of writes to objects that are two. But for those at one of the `stored_attributes`, which calls replace.
 
+    `counters` are the ints that are inputs of the graph.
+
     Raises CaptureError for a value that the trace read and that can't be read again, and for an argument that was
     compared with a tensor of the module.
     """
     scope = scope_of(function, owner, inputs, globals_read)
     by_tensor = {id(weight.holder[weight.key]): weight for weight in weights}
+    codes = set(traced_code)
+    asks_for_gradients = any("requires_grad" in code.co_names for code in codes if not is_torch_file(code.co_filename))
+    environment_user: str | None = None
     reads: list[StateRead] = []
     classes: dict[int, type] = {id(one.kind): one.kind for one in inputs.containers if one.kind not in _BUILTIN}
+    if owner is not None:
+        classes[id(type(owner))] = type(owner)
     objects = _Objects(stored_attributes)
     for fact in _with_other_places(facts, identities.same):
         expression = rooted_expression(fact.name, scope)
@@ -105,6 +117,8 @@ def state_reads(
                 hint="keep such a value in a plain attribute, or pass it as an argument",
             ) from error
         shown = as_written(fact.name, scope)
+        if value is process_variables():
+            environment_user = environment_user or fact.user
         pinned = objects.add(expression, value, shown, fact.user)
         reads += [pinned] if pinned is not None else []
         known = pinned is not None or expression[0] in objects.volatile
@@ -112,16 +126,31 @@ def state_reads(
         if isinstance(value, torch.Tensor) or not told:
             read = _read(fact, expression, value, by_tensor, shown)
             reads += [read] if read is not None else []
+        if fact.name in counters:  # an input, of which torch assumes that it isn't negative
+            reads.append(
+                _state_read(
+                    f"the sign of {shown}", fact.user, expression, "{x} < 0", lambda now: "< 0" if now < 0 else ">= 0"
+                )
+            )
+        if isinstance(value, torch.Tensor) and asks_for_gradients:
+            flag = f"{expression[0]}.requires_grad", expression[1]
+            reads.append(
+                _state_read(f"{shown}.requires_grad", fact.user, flag, f"{{x}} is not {value.requires_grad}", described)
+            )
         if fact.kind == "TYPE_MATCH" and type(value) not in _BUILTIN:
             classes[id(type(value))] = type(value)
+        elif isinstance(value, type):
+            classes[id(value)] = value
+        elif not isinstance(value, torch.Tensor) and type(value).__flags__ & _IS_HEAP_TYPE:
+            classes[id(type(value))] = type(value)
     reads += _compared_reads(identities.compared, scope)
-    codes = set(traced_code)
     reads += objects.replaced()
     reads += _method_reads(classes.values(), codes)
-    reads.append(_code_read(function.__qualname__, function, root(function)))
+    reads += _function_reads(function.__qualname__, function, root(function))
     if isinstance(owner, torch.nn.Module):
         reads += _owner_reads(owner)
-    reads += _environment_reads(codes)
+    reads += _environment_reads(codes, environment_user)
+    reads += map(_builtin_read, builtins)
     reads += _global_reads(reads_grad_mode(facts))
     reads += map(_fold_read, folded)
     return _distinct(reads)
@@ -213,7 +242,18 @@ class _Objects:
     def pin(self, rooted: tuple[str, Mapping[str, Any]], value: Any, what: str, user: str | None) -> StateRead:
         _, first_place = self.pinned.setdefault(id(value), (value, what))
         words = one_object(value, first_place if first_place != what else None)
-        return _state_read(what, user, rooted, "{x} is not $object", words, object=value)
+        condition = "{x} is not $object"
+        if type(value).__flags__ & _IS_HEAP_TYPE:  # whose __class__ may be assigned
+            return _state_read(
+                what,
+                user,
+                rooted,
+                f"{condition} or {{x}}.__class__ is not $cls",
+                words,
+                object=value,
+                cls=type(value),
+            )
+        return _state_read(what, user, rooted, condition, words, object=value)
 
     def replaced(self) -> Iterator[StateRead]:
         """For each object that calls replace: it is none of the pinned, and each other one is or isn't the same."""
@@ -240,7 +280,7 @@ def _read(
     fact: GuardFact, rooted: tuple[str, dict[str, Any]], value: Any, by_tensor: Mapping[int, WeightInput], what: str
 ) -> StateRead | None:
     read = functools.partial(_state_read, what, fact.user, rooted)
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and fact.kind not in ("HASATTR", "NOT_PRESENT_IN_GENERIC_DICT"):
         weight = by_tensor.get(id(value))
         if weight is None:
             return read("{x} is not $tensor or not $same(({x},))", described, tensor=value, same=KindCheck((value,)))
@@ -304,9 +344,22 @@ def _value_read(fact: GuardFact, read: Callable[..., StateRead], value: Any) -> 
         return read("{x} is not $function or {x}.__code__ is not $code", described, function=value, code=value.__code__)
     if value is None or isinstance(value, bool):
         return read(f"{{x}} is not {value}", described)
+    if isinstance(value, set):
+        return read("$differs([*{x}], $items)", described, differs=differs, items=[*value])
+    if isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
+        return read("$repr({x}.__reduce__()) != $state", described, repr=repr, state=repr(value.__reduce__()))
+    if isinstance(value, tuple) and kind == "CONSTANT_MATCH":
+        return read("$differs({x}, $value)", described, differs=differs, value=_copied(value))
     if isinstance(value, LITERALS) or kind in ("CONSTANT_MATCH", "EQUALS_MATCH", "CONSTANT_SUBCLASS_MATCH"):
         return read("{x} is not $value and $differs({x}, $value)", described, value=value, differs=differs)
     return read("{x} is not $object", described, object=value)
+
+
+def _copied(value: Any) -> Any:
+    """The value with the containers inside it copied, which may change."""
+    if type(value) in (tuple, list, set):
+        return type(value)(map(_copied, value))
+    return {key: _copied(item) for key, item in value.items()} if type(value) is dict else value
 
 
 def _own_attribute_read(read: Callable[..., StateRead], value: Any, attribute: str) -> StateRead | None:
@@ -320,19 +373,74 @@ def _own_attribute_read(read: Callable[..., StateRead], value: Any, attribute: s
 
 
 def _method_reads(classes: Iterable[type], traced: set[types.CodeType]) -> Iterator[StateRead]:
-    """Methods that were inlined: a class whose method is replaced, or whose method's code is, changes the trace."""
+    """Methods that were inlined, where the class finds them, and that no further attribute hides or adds any."""
     for cls in classes:
         text, names = root(cls)
-        for name in sorted({name for base in cls.__mro__ for name in vars(base)}):
-            method = getattr(cls, name, None)
-            if isinstance(method, types.FunctionType) and method.__code__ in traced:
-                yield _code_read(f"{cls.__qualname__}.{name}", method, (f"{text}.{name}", names))
+        for base in cls.__mro__:
+            for name, raw in sorted(vars(base).items()):
+                inner = next((part for part in _INNER if isinstance(raw, part)), None)
+                method = getattr(raw, _INNER[inner], None) if inner is not None else raw
+                if not isinstance(method, types.FunctionType) or method.__code__ not in traced:
+                    continue
+                found = inspect.getattr_static(cls, name) is raw
+                place = text if found else f"_k{id(base):x}"
+                expression = f"{place}.{name}" + (f".{_INNER[inner]}" if inner not in (None, staticmethod) else "")
+                rooted = expression, names if found else {place: base}
+                yield from _function_reads(f"{cls.__qualname__}.{name}", method, rooted)
+            if base.__module__.partition(".")[0] not in ("builtins", "torch"):
+                yield _size_read(base)
 
 
-def _code_read(what: str, function: types.FunctionType, rooted: tuple[str, Mapping[str, Any]]) -> StateRead:
+_INNER: dict[type, str] = {classmethod: "__func__", staticmethod: "__func__", property: "fget"}
+"""Where a descriptor keeps the function that is inlined."""
+
+
+def _size_read(cls: type) -> StateRead:
+    """A further attribute may answer what tracing asked in vain, as `__len__` does for `if object:`."""
+    text, names = root(cls)
+    return _state_read(
+        f"{cls.__qualname__}.__dict__",
+        None,
+        (f"{text}.__dict__", names),
+        f"$len({{x}}) != {len(vars(cls))}",
+        lambda now: f"{len(now)} attributes",
+        len=len,
+    )
+
+
+def _function_reads(
+    what: str, function: types.FunctionType, rooted: tuple[str, Mapping[str, Any]]
+) -> Iterator[StateRead]:
+    """The code that was inlined, and what its call adds to it: defaults, and the variables of its closure."""
     code = function.__code__
-    user = f"{code.co_filename}:{code.co_firstlineno}"
-    return _state_read(what, user, rooted, "{x}.__code__ is not $code", described, code=code)
+    text, names = rooted
+    read = functools.partial(_state_read, user=f"{code.co_filename}:{code.co_firstlineno}")
+    yield read(what, rooted=rooted, condition="{x}.__code__ is not $code", describe=described, code=code)
+    for attribute in ("__defaults__", "__kwdefaults__", "__closure__"):
+        value = getattr(function, attribute)
+        if value:
+            yield read(
+                f"{what}.{attribute}",
+                rooted=(f"{text}.{attribute}", names),
+                condition="{x} is not $value and {x} != $value",
+                describe=_words_of(value),
+                value=dict(value) if isinstance(value, dict) else value,
+            )
+
+
+def _words_of(value: Any) -> Callable[[Any], str]:
+    return lambda now: type_name(now) if now is value else f"another {type_name(now)}"
+
+
+def _builtin_read(used: UsedBuiltin) -> StateRead:
+    """A global of the same name would hide the builtin."""
+    return _state_read(
+        used.name,
+        used.user,
+        root(used.globals_read),
+        f"{used.name!r} in {{x}}",
+        lambda now: "a global" if used.name in now else "the builtin",
+    )
 
 
 def _owner_reads(owner: torch.nn.Module) -> Iterator[StateRead]:
@@ -353,12 +461,17 @@ def _owner_reads(owner: torch.nn.Module) -> Iterator[StateRead]:
             yield _state_read(what, None, (f"{text}.{hooks}", names), "{x}", number_of_hooks)
 
 
-def _environment_reads(traced: Iterable[types.CodeType]) -> Iterator[StateRead]:
-    """The whole environment, if traced code names it: Dynamo guards neither a missing variable nor `os.getenv`."""
+def _environment_reads(traced: Iterable[types.CodeType], user: str | None) -> Iterator[StateRead]:
+    """The whole environment, if traced code names it: Dynamo guards neither a missing variable nor `os.getenv`.
+
+    `user` is where it was read by another name.
+    """
     reading = [code for code in traced if not _ENVIRONMENT_NAMES.isdisjoint(code.co_names)]
-    if not reading:
+    if not reading and user is None:
         return
-    code = min(reading, key=lambda code: (is_torch_file(code.co_filename), code.co_filename, code.co_firstlineno))
+    if reading:
+        code = min(reading, key=lambda code: (is_torch_file(code.co_filename), code.co_filename, code.co_firstlineno))
+        user = f"{code.co_filename}:{code.co_firstlineno}"
     variables = process_variables()
     before = dict(variables)
 
@@ -369,9 +482,7 @@ def _environment_reads(traced: Iterable[types.CodeType]) -> Iterator[StateRead]:
     raw = {**variables._data}  # type: ignore[attr-defined]
     text, names = root(variables)
     condition = "{x}._data != $raw"
-    yield _state_read(
-        "os.environ", f"{code.co_filename}:{code.co_firstlineno}", (text, names), condition, described, raw=raw
-    )
+    yield _state_read("os.environ", user, (text, names), condition, described, raw=raw)
 
 
 def reads_grad_mode(facts: Iterable[GuardFact]) -> bool:

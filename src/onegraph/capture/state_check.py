@@ -30,6 +30,12 @@ def differs(value: Any, expected: Any) -> bool:
         return differs(value.real, expected.real) or differs(value.imag, expected.imag)
     if isinstance(value, tuple | list):
         return len(value) != len(expected) or any(map(differs, value, expected))
+    if isinstance(value, dict):
+        return value.keys() != expected.keys() or any(differs(value[key], item) for key, item in expected.items())
+    if isinstance(value, range):  # equal ones may end elsewhere
+        return (value.start, value.stop, value.step) != (expected.start, expected.stop, expected.step)
+    if value is expected:
+        return False
     return bool(value != expected)
 
 

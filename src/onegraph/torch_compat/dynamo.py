@@ -31,9 +31,11 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
 )
 
+from onegraph.torch_compat.effects import Effect, effects
 from onegraph.torch_compat.folds import FoldedCall, folded_calls
 from onegraph.torch_compat.guards import GuardFact, guard_facts
 from onegraph.torch_compat.identity import Identities, identities
+from onegraph.torch_compat.lookups import UsedBuiltin, lookups
 from onegraph.torch_compat.shapes import RawCondition, asserted_while_tracing
 from onegraph.torch_compat.tensor_questions import tensor_questions
 
@@ -56,7 +58,9 @@ class ChangedState:
 class RawCapture:
     """What Dynamo found. `sources` gives, for each placeholder, where residual code takes its value from; `asked` are
     facts beside the guards, about tensors; `globals_read` is the `G` of the guards' expressions; `stored_attributes`
-    are the names of the attributes that residual code sets, of whatever object."""
+    are the names of the attributes that residual code sets, of whatever object; `guards` hold what tracing looked up
+    in vain, too.
+    """
 
     graph_module: torch.fx.GraphModule
     sources: tuple[str, ...]
@@ -72,6 +76,10 @@ class RawCapture:
     stored_globals: tuple[str, ...]
     stored_attributes: frozenset[str]
     changed_state: tuple[ChangedState, ...]
+    effects: tuple[Effect, ...]
+    builtins: tuple[UsedBuiltin, ...]
+    counted: tuple[ChangedState, ...] = ()
+    """The state whose ints are inputs of the graph, so that they aren't in `changed_state`."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,8 @@ def capture(
         folded_calls() as folded,
         identities() as decided,
         tensor_questions() as asked,
+        lookups() as looked_up,
+        effects() as written,
     ):
         warnings.filterwarnings("ignore", "Dynamo does not know how to trace")  # the error that follows says it
         output = convert_frame._fullgraph_capture_frame(frame)
@@ -169,7 +179,7 @@ def capture(
 
     index_to_source = graph_output.output_graph.export_metadata.graph_input_idx_to_local_source
     placeholders = [n for n in backend_input.graph_module.graph.nodes if n.op == "placeholder"]
-    guards = tuple(guard_facts(graph_output.output_graph.guards))
+    guards = (*guard_facts(graph_output.output_graph.guards), *looked_up.absent)
     return RawCapture(
         graph_module=backend_input.graph_module,
         sources=tuple(
@@ -186,7 +196,9 @@ def capture(
         make_callable=make_callable,
         stored_globals=_stored_globals(graph_output.bytecode),
         stored_attributes=frozenset(_stored_attributes(graph_output.bytecode)),
-        changed_state=tuple(_changed_state(graph_output.bytecode, guards)),
+        changed_state=tuple(dict.fromkeys(_changed_state(graph_output.bytecode, guards, written))),
+        effects=tuple(written),
+        builtins=tuple(looked_up.builtins),
     )
 
 
@@ -206,16 +218,22 @@ def _stored_attributes(code: types.CodeType) -> Iterator[str]:
             setting = False
 
 
-def _changed_state(code: types.CodeType, guards: tuple[GuardFact, ...]) -> Iterator[ChangedState]:
+def _changed_state(
+    code: types.CodeType, guards: tuple[GuardFact, ...], written: list[Effect]
+) -> Iterator[ChangedState]:
     """What residual code writes of the state that was read.
 
-    An attribute is told by a guard on its value; a list that isn't an argument is written as a whole.
+    An attribute is told by a guard on its value, of the object that Dynamo notes as changed or, by the attribute's
+    name alone, of whatever object; a list that isn't an argument is written as a whole.
     """
     value_guards = ("CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH", "ID_MATCH")
     read: dict[str, set[str]] = {}
     for guard in guards:
         if guard.kind in value_guards:
             read.setdefault(guard.name.rpartition(".")[2], set()).add(guard.name)
+    for effect in written:
+        if effect.attribute in read and f"{effect.source}.{effect.attribute}" in read[effect.attribute]:
+            yield ChangedState(f"the attribute {effect.attribute!r}", tuple(sorted(read[effect.attribute])))
     instructions = [
         i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PRECALL", "COPY", "SWAP", "POP_TOP")
     ]

@@ -13,18 +13,29 @@ from typing import Any
 import torch
 from torch._C._dynamo.guards import TensorGuards
 
+DispatchState = tuple[Any, Any]
+
+
+def dispatch_state() -> DispatchState:
+    """The dispatch keys that this thread adds to all tensors (autocast's, say), and those that it leaves out."""
+    return torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
 
 def tensor_check(
-    tensors: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]]
+    tensors: Sequence[torch.Tensor],
+    sizes: Sequence[Sequence[int]],
+    strides: Sequence[Sequence[int]],
+    state: DispatchState,
 ) -> Callable[..., bool]:
     """Whether tensors have the examples' class, dtype, device, dispatch keys (so also the conjugate and negative
-    bits), requires_grad, rank, and the given sizes and strides.
+    bits), requires_grad, rank, and the given sizes and strides, in a thread with the given dispatch state.
     """
-    guards = TensorGuards(
-        *tensors,
-        dynamic_dims_sizes=[list(one) for one in sizes],
-        dynamic_dims_strides=[list(one) for one in strides],
-    )
+    with torch._C._ForceDispatchKeyGuard(*state):
+        guards = TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(one) for one in sizes],
+            dynamic_dims_strides=[list(one) for one in strides],
+        )
     return guards.check
 
 
@@ -56,9 +67,8 @@ class KindCheck:
         if list(map(tensor_facts, tensors)) != self.facts:
             return False
         if tensors and all(map(_is_strided, tensors)):
-            self._checks[mode] = tensor_check(
-                tensors, [facts[2] for facts in self.facts], [facts[3] for facts in self.facts]
-            )
+            sizes, strides = [facts[2] for facts in self.facts], [facts[3] for facts in self.facts]
+            self._checks[mode] = tensor_check(tensors, sizes, strides, dispatch_state())
         return True
 
 
