@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import onegraph
 from onegraph.capture.regions import MAX_REGIONS, first_size, holds, next_sizes
 from onegraph.counters import counters
-from onegraph.errors import ConstraintError
+from onegraph.errors import ConfigError, ConstraintError
 from onegraph.ir.dims import DynamicDim
 
 N = Dim("n", min=1, max=256)
@@ -218,6 +219,41 @@ def test_many_dims_are_covered_with_those_of_size_1() -> None:
         given = [torch.randn(size) for size in sizes]
         torch.testing.assert_close(call(*given), sums(*given))
     assert len(regions_of(call)) == 2**5
+
+
+UNUSUAL: dict[str, Callable[[Any], Any]] = {
+    "sum of remainders": lambda n: (n % 2) + (n % 3) == 1,
+    "bitwise": lambda n: n & 3 == 1,
+    "square root": lambda n: math.sqrt(n) > 3,
+    "logarithm": lambda n: math.log2(n) > 3,
+    "power": lambda n: n**0.5 > 3,
+    "ceiling": lambda n: math.ceil(n / 3) == 2,
+    "rounding": lambda n: round(n / 3) == 2,
+    "truncation": lambda n: int(n / 3) == 2,
+    "floor": lambda n: math.floor(n * 0.3) == 2,
+    "true division": lambda n: n / 4 == n // 4,
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_a_range_is_split_by_functions_that_python_has_not_under_sympy_s_names(case: str) -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if UNUSUAL[case](x.shape[0]) else x * 3
+
+    call = compiled(model, dynamic_shapes={"x": {0: Dim("n", min=1, max=24)}}, on_constraint="split")
+    for size in range(1, 25):
+        assert torch.equal(call(torch.ones(size, 2)), model(torch.ones(size, 2)))
+
+
+def test_a_predicate_with_an_unknown_function_is_a_constraint_error() -> None:
+    with pytest.raises(ConstraintError, match="there is no function Strange of sizes here"):
+        holds("Strange(n) > 3", (DynamicDim("n", 1, 8),))
+
+
+@pytest.mark.parametrize("name", ["and", "Max"])
+def test_a_dim_whose_name_conditions_use_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"a Dim is named '{name}'"):
+        compiled(branch, dynamic_shapes={"x": {0: Dim(name, min=1, max=9)}})(torch.ones(3, 2))
 
 
 def test_a_size_whose_samples_make_no_progress_is_refused() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
+import keyword
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch.export import Dim
 
-from onegraph.capture.regions import UNBACKED, Sizing
+from onegraph.capture.regions import PREDICATE_FUNCTIONS, UNBACKED, Sizing
 from onegraph.errors import CaptureError, ConfigError, ShapeOutOfRangeError, nearest
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.region import canonical_hint
@@ -360,6 +361,12 @@ class _Walk:
         if not isinstance(item, Dim):
             raise ConfigError(
                 f"{item!r} is no Dim", where=where, hint='write Dim("name", min=1, max=N) from torch.export'
+            )
+        if keyword.iskeyword(item.__name__) or item.__name__ in PREDICATE_FUNCTIONS:
+            raise ConfigError(
+                f"a Dim is named {item.__name__!r}, which means something else in conditions on sizes",
+                where=where,
+                hint="give it another name",
             )
         maximum = item.max if isinstance(item.max, int) and item.max < 2**62 else self.max_size
         return self.remember(DynamicDim(item.__name__, int(item.min), int(maximum)), where)

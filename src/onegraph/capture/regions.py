@@ -12,14 +12,17 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from onegraph.errors import ConstraintError
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.region import canonical_hint
+from onegraph.torch_compat.shapes import size_functions
 
 MAX_REGIONS = 8
 """Of sizes from 2 on; those of the sizes 0 and 1 come on top."""
-PREDICATE_FUNCTIONS = {"Max": max, "Min": min, "Abs": abs}
-"""Functions of sympy in predicates."""
+PREDICATE_FUNCTIONS: dict[str, Any] = {**size_functions(), "Max": max, "Min": min, "Abs": abs}
+"""Functions of sympy and torch in predicates."""
 _TRIED = 1 << 16
 
 
@@ -59,12 +62,19 @@ def holds(predicate: str, dims: Sequence[DynamicDim]) -> Callable[[tuple[int, ..
     """A function of the sizes in the dims' order."""
     parameters = ", ".join(f"_n{i}" for i in range(len(dims)))
     source = f"lambda {parameters}: bool({predicate_code(predicate, dims)})"
-    check: Callable[..., bool] = eval(source, dict(PREDICATE_FUNCTIONS))  # noqa: S307 - our own text
+    check: Callable[..., bool] = eval(source, {**PREDICATE_FUNCTIONS, "bool": bool})  # noqa: S307 - our own text
+    unknown = sorted({*check.__code__.co_names} - PREDICATE_FUNCTIONS.keys() - {"bool"})
+    if unknown:
+        raise ConstraintError(
+            f"the declared range can't be split by {predicate}: there is no function {unknown[0]} of sizes here",
+            where=predicate,
+            hint="decide with comparisons and integer arithmetic on sizes, or outside of the module",
+        )
 
     def on(sizes: tuple[int, ...]) -> bool:
         try:
             return check(*sizes)
-        except ZeroDivisionError:
+        except (ArithmeticError, ValueError):  # such as a root of a negative number
             return False
 
     return on

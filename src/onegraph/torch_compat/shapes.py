@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy import functions as sympy_functions
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 
@@ -93,6 +94,15 @@ def _ranges(shape_env: Any) -> Iterator[RawCondition]:
             yield RawCondition(sympy.Ge(symbol, value_range.lower, evaluate=False), None, None)
         if value_range.upper.is_finite:
             yield RawCondition(sympy.Le(symbol, value_range.upper, evaluate=False), None, None)
+
+
+def size_functions() -> dict[str, Any]:
+    """Torch's functions of sizes by the names that sympy prints; of numbers they give what tracing would compute."""
+    return {
+        name: one
+        for name, one in vars(sympy_functions).items()
+        if isinstance(one, type) and issubclass(one, sympy.Basic)
+    }
 
 
 def is_torch_file(filename: str) -> bool:
