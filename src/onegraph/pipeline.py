@@ -31,9 +31,13 @@ from onegraph.explanation import Explanation, PieceExplanation, RangeExplanation
 from onegraph.ir.artifact import CompiledPiece
 from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.ledger import CheckedWhen, Ledger, ShapeEntry
+from onegraph.ir.piece import SplitGraph
+from onegraph.ir.plan import ExecutionPlan
 from onegraph.ir.region import Region, general_region
 from onegraph.ir.target import Target
 from onegraph.piece_compiler import PieceCompiler
+from onegraph.plan.function import plan_function, plan_source
+from onegraph.plan.plan import plan_calls
 from onegraph.split.split import split_graph
 from onegraph.store.store import Store
 from onegraph.torch_compat import dynamo, shapes
@@ -131,10 +135,17 @@ class Specialised:
 
     captured: CapturedGraph
     region: Region
-    piece: CompiledPiece
+    split: SplitGraph
+    plan: ExecutionPlan
+    pieces: tuple[CompiledPiece, ...]
     weights: BoundWeights
     custom_ops: tuple[CustomOp, ...]
     call: Callable[..., Any]
+
+    @property
+    def constraints(self) -> tuple[ShapeEntry, ...]:
+        """The conditions on sizes that the trace and the compiled pieces rely on."""
+        return self.captured.ledger.shapes + tuple(entry for piece in self.pieces for entry in piece.constraints)
 
 
 def _specialise(
@@ -154,7 +165,7 @@ def _specialise(
         region = replace(region, hints=hints, predicate=region_predicate(captured.ledger.shapes, captured.fixed))
 
     with stages.stage("split"):
-        split = split_graph(captured)
+        split = split_graph(captured, config.splitting_ops)
 
     def check_sizes(conditions: list[shapes.RawCondition]) -> tuple[ShapeEntry, ...]:
         known = {entry.expr for entry in captured.ledger.shapes}
@@ -168,16 +179,21 @@ def _specialise(
 
     with stages.stage("compile or load"):
         compiler = PieceCompiler(config, target, store, check_sizes)
-        (piece,) = (compiler.compile(piece, region) for piece in split.pieces)
+        pieces = compiler.compile_all(split.pieces, region, captured.symbols)
+
+    with stages.stage("plan"):
+        plan = plan_calls(split)
+        run = plan_function(plan, dict(enumerate(piece.call for piece in pieces)))
+        trace_text("execution_plan", lambda: plan_source(plan))
 
     with stages.stage("bind"):
         foreign = custom_ops(captured.graph_module)
-        call = checked_at_first_call(piece.call, captured.graph_module, foreign)
-        weights = bind_weights(call, captured, piece.mutates_inputs)
-    if sizing.mode != "unbacked":
-        relied_on = captured.ledger.shapes + piece.constraints
-        region = replace(region, predicate=region_predicate(relied_on, captured.fixed))
-    return Specialised(captured, region, piece, weights, foreign, captured.make_callable(weights.run))
+        call = checked_at_first_call(run, captured.graph_module, foreign)
+        weights = bind_weights(call, captured, any(piece.mutates_inputs for piece in pieces))
+    made = Specialised(captured, region, split, plan, pieces, weights, foreign, captured.make_callable(weights.run))
+    if sizing.mode == "unbacked":
+        return made
+    return replace(made, region=replace(region, predicate=region_predicate(made.constraints, captured.fixed)))
 
 
 def _cover(specialise: Callable[[Sizing], Specialised], config: ResolvedConfig) -> list[Specialised]:
@@ -222,7 +238,7 @@ def _explain(
     name: str, config: ResolvedConfig, stages: Stages, made: list[Specialised], state_checked: CheckedWhen
 ) -> Explanation:
     first = made[0]
-    shapes_found = {entry.expr: entry for one in made for entry in one.captured.ledger.shapes + one.piece.constraints}
+    shapes_found = {entry.expr: entry for one in made for entry in one.constraints}
     return Explanation(
         model=name,
         config=config.to_dict(),
@@ -236,30 +252,43 @@ def _explain(
                 for entry in dict.fromkeys(entry for one in made for entry in one.captured.ledger.state)
             ),
         ),
-        pieces=(
-            PieceExplanation(
-                index=0,
-                kind="compiled",
-                backend=first.piece.backend,
-                ranges=tuple(_range(one, len(made) > 1) for one in made),
-            ),
-        ),
+        pieces=tuple(_pieces(made)),
+        plan_source=plan_source(first.plan),
         num_ops=first.captured.num_ops,
         custom_ops=tuple(op for one in made for op in one.custom_ops),
         notes=config.downgrades,
     )
 
 
-def _range(one: Specialised, several: bool) -> RangeExplanation:
+def _pieces(made: list[Specialised]) -> Iterator[PieceExplanation]:
+    """Each piece with its artifact for each region; regions may be cut into different numbers of pieces."""
+    for index in range(max(len(one.pieces) for one in made)):
+        ranges = [one for one in made if index < len(one.pieces)]
+        piece, compiled = ranges[0].split.pieces[index], ranges[0].pieces[index]
+        yield PieceExplanation(
+            index=index,
+            kind=piece.kind,
+            backend=compiled.backend,
+            ranges=tuple(_range(one, index, len(made) > 1) for one in ranges) if piece.kind == "compiled" else (),
+            same_as=compiled.same_as,
+            differs_from=compiled.differs_from,
+            module_path=piece.module_path,
+            why=piece.why,
+            num_ops=sum(node.op.startswith("call_") for node in piece.graph_module.graph.nodes),
+        )
+
+
+def _range(one: Specialised, index: int, several: bool) -> RangeExplanation:
     lower, upper = covered_range(one.captured.dims, one.region.predicate or "True")
+    piece = one.pieces[index]
     return RangeExplanation(
         min=lower,
         max=upper,
         predicate=one.region.predicate if several else None,
-        key=one.piece.key,
-        store=one.piece.store,
-        why=one.piece.why,
-        seconds=one.piece.seconds,
+        key=piece.key,
+        store=piece.store,
+        why=piece.why,
+        seconds=piece.seconds,
     )
 
 

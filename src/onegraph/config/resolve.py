@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from onegraph.config.compilation import FIELDS, CompilationConfig, CompilationMode, CUDAGraphMode
-from onegraph.counters import counters
 from onegraph.env import Environment
 from onegraph.errors import ConfigError
 
@@ -24,7 +23,7 @@ LEVEL_MODES = (
     CompilationMode.ONEGRAPH,
 )
 AUTOTUNED: Mapping[str, Any] = {"max_autotune": True}  # what level 3 adds to Inductor's options
-ATTENTION_OPS = ("onegraph::paged_attention",)
+ATTENTION_OPS = ("onegraph::write_kv_cache", "onegraph::paged_attention")
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,7 @@ ALWAYS: Mapping[str, Any] = {
 
 # What this version can't do yet: the values other than these are refused, with the reason.
 HONOURED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "splitting_ops": (((),), "this version compiles the whole graph as one piece"),
     "extra_passes": (((),), "this version runs no passes of its own or of users"),
-    "eager_pieces": (((), (0,)), "this version's graphs are one piece, number 0"),
     "compile_sizes": (((),), "this version makes one artifact for all sizes"),
     "compile_ranges": (((),), "this version makes one artifact for all sizes"),
     "cudagraph_capture_sizes": (((),), "this version makes no recordings"),
@@ -128,11 +125,10 @@ def resolve(
     _refuse_contradictions(given, levels["mode"], enforce_eager)
     values = {name: Default(value) for name, value in ALWAYS.items()} | levels | given
     values["inductor_compile_config"] = _autotuned(values)
-    downgrades = _lower_defaults(values, given)
     return ResolvedConfig(
         **{name: values[name].value for name in FIELDS},
         why={name: values[name].why for name in FIELDS},
-        downgrades=downgrades,
+        downgrades=(),
     )
 
 
@@ -228,16 +224,6 @@ def _refuse_what_cant_be_done(given: Mapping[str, Default], rules: DeviceRules) 
             where="configuration",
             hint="leave it out, or give NONE",
         )
-
-
-def _lower_defaults(values: dict[str, Default], given: Mapping[str, Default]) -> tuple[str, ...]:
-    split = values["splitting_ops"]
-    if split.value == () or "splitting_ops" in given:
-        return ()
-    reason = "split at attention isn't in this version: the whole graph is one piece"
-    values["splitting_ops"] = Default((), f"{split.why}, lowered: {HONOURED['splitting_ops'][1]}")
-    counters.add("downgrades")
-    return (reason,)
 
 
 def _jsonable(value: Any) -> Any:
