@@ -40,6 +40,7 @@ RANDOM: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "exponential_": lambda x: torch.empty_like(x).exponential_() + x,
     "uniform_": lambda x: x + torch.zeros_like(x).uniform_(-1, 1),
     "multinomial": lambda x: torch.multinomial(x.sigmoid(), 2),
+    "one that nobody uses": lambda x: (torch.rand_like(x), x + torch.rand_like(x))[1],
     "several": lambda x: torch.rand_like(x) - drop(x) + torch.randn(x.shape[0], 4) * torch.rand(1),
 }
 

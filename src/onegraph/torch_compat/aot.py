@@ -19,7 +19,8 @@ def compile_graph(
 ) -> tuple[Callable[..., Any], bool]:
     """Runs AOTAutograd under no_grad; gives its callable, which takes the inputs flat, and whether it changes some.
 
-    Mutating ops are put back in place by the passes that Inductor uses, so that a KV cache isn't cloned.
+    Mutating ops are put back in place by the passes that Inductor uses, so that a KV cache isn't cloned. A random
+    draw that nobody uses stays, as in eager: torch removes dead ones unless Inductor is told to draw as eager does.
     """
 
     def run_in_place(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
@@ -37,7 +38,8 @@ def compile_graph(
         return boxed
 
     context = torch._guards.TracingContext(fake_mode)
-    with torch.no_grad(), torch._guards.tracing(context):
+    drawn_as_eager = torch._inductor.config.patch(fallback_random=True)
+    with torch.no_grad(), torch._guards.tracing(context), drawn_as_eager:
         function: Callable[..., Any] = aot_module_simplified(
             graph_module,
             fake_inputs,
