@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+import re
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from onegraph.ir.plan import ExecutionPlan, PlanCall
+
+_FILENAME = "<onegraph plan "
 
 
 def plan_source(plan: ExecutionPlan) -> str:
@@ -42,9 +46,23 @@ def _call_lines(call: PlanCall, parameters: set[str]) -> list[str]:
 def plan_function(plan: ExecutionPlan, pieces: Mapping[int, Callable[[list[Any]], Any]]) -> Callable[..., Any]:
     """The function that calls `pieces`, by their index."""
     source = plan_source(plan)
-    filename = f"<onegraph plan {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
+    filename = f"{_FILENAME} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace: dict[str, Any] = {f"__piece_{index}": call for index, call in pieces.items()}
     exec(compile(source, filename, "exec"), namespace)  # noqa: S102 - our own text
     function: Callable[..., Any] = namespace["run"]
     return function
+
+
+def replace_piece(function: Callable[..., Any], index: int, call: Callable[[list[Any]], Any]) -> None:
+    """From the next call on, `function`, made by `plan_function`, calls `call` for the piece."""
+    function.__globals__[f"__piece_{index}"] = call
+
+
+def failed_piece(error: BaseException) -> int | None:
+    """The piece that the error was raised in; None where it wasn't raised inside of a plan's function."""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename.startswith(_FILENAME):
+            called = re.search(r"__piece_(\d+)\(", frame.line or "")
+            return int(called[1]) if called else None
+    return None

@@ -7,6 +7,7 @@ needed. Inputs stand in the order of their first use, so that equal pieces are e
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.piece import Piece, SplitGraph
 from onegraph.split.normalise import normalise, value_of
 from onegraph.split.partition import Run, op_name, split_into_runs
+from onegraph.split.shared_memory import changed_storages, eager_reason
 from onegraph.torch_compat import shapes
 
 
@@ -39,7 +41,11 @@ def split_graph(captured: CapturedGraph, splitting_ops: Collection[str]) -> Spli
         values = tuple(dict.fromkeys(one.name for one in output.args[0] if isinstance(one, Node)))
         whole = Piece(0, "compiled", captured.graph_module, captured.fake_inputs, captured.fake_mode, names, values)
         return SplitGraph(captured, (whole,), results)
-    pieces = tuple(_piece(captured, index, run, splitting_ops) for index, run in enumerate(runs))
+    changed = [changed_storages(run.nodes) for run in runs]
+    pieces = tuple(
+        _piece(captured, index, run, splitting_ops, changed[index], set().union(*changed[index + 1 :]))
+        for index, run in enumerate(runs)
+    )
     return SplitGraph(captured, pieces, results)
 
 
@@ -55,10 +61,19 @@ def called_ops(captured: CapturedGraph) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
-def _piece(captured: CapturedGraph, index: int, run: Run, splitting_ops: Collection[str]) -> Piece:
+def _piece(
+    captured: CapturedGraph,
+    index: int,
+    run: Run,
+    splitting_ops: Collection[str],
+    changed: set[int],
+    changed_later: set[int],
+) -> Piece:
     nodes = dict.fromkeys(run.nodes)
     again = list(_computed_again(run.nodes))
     outside = list(dict.fromkeys(_from_outside([*again, *run.nodes])))
+    if not run.splits:
+        outside += _sizes_to_bind(captured.graph_module.graph, outside)
     graph = Graph()
     copies: dict[Node, Node] = {}
     for node in outside:
@@ -84,6 +99,7 @@ def _piece(captured: CapturedGraph, index: int, run: Run, splitting_ops: Collect
         outputs=tuple(node.name for node in outputs),
         why=_why(run, splitting_ops),
         module_path=_module_path(run.nodes),
+        eager_why=eager_reason(inputs, changed, outputs, changed_later),
     )
 
 
@@ -98,6 +114,38 @@ def _from_outside(nodes: Iterable[Node]) -> Iterator[Node]:
         for used in node.all_input_nodes:
             if used not in inside:
                 yield used
+
+
+def _sizes_to_bind(graph: Graph, inputs: list[Node]) -> Iterator[Node]:
+    """For each symbol in the inputs' sizes that none of them is a plain size for, a value that is one.
+
+    A compiler can't work out `n` from a tensor of `2 * n` rows.
+    """
+    needed: dict[str, None] = {}
+    bound: set[str] = set()
+    for node in inputs:
+        for size in _sizes(node):
+            names = shapes.symbol_names(size)
+            needed.update(dict.fromkeys(sorted(names)))
+            bound |= names if shapes.is_plain_symbol(size) else set()
+    for name in needed:
+        if name not in bound:
+            plain = (node for node in graph.nodes if _shows(node, name))
+            yield from itertools.islice((node for node in plain if node not in inputs), 1)
+
+
+def _sizes(node: Node) -> tuple[Any, ...]:
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return (value,)
+    return (*value.shape, *value.stride()) if value.layout == torch.strided else tuple(value.shape)
+
+
+def _shows(node: Node, symbol: str) -> bool:
+    """Whether the value, which may cross a border, has a size that is the symbol itself."""
+    if not _crosses(node):
+        return False
+    return any(shapes.is_plain_symbol(size) and shapes.symbol_names(size) == {symbol} for size in _sizes(node))
 
 
 def _computed_again(nodes: list[Node]) -> Iterator[Node]:
