@@ -1,6 +1,6 @@
 """The harness: engines take turns at each workload, in processes of their own; medians, spread and ratios as JSON.
 
-usage: python -m bench --shape 135m [--workloads a,b] [--engines a,b] [--repeats 3] [--offline-requests 64]
+usage: python -m bench --shape 135m [--workloads a,b] [--engines a,b] [--repeats 3] [--vllm-python PATH]
 """
 
 from __future__ import annotations
@@ -9,24 +9,27 @@ import argparse
 import json
 import os
 import platform
-import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
-from datetime import date
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.figures import Run, add_ratios, figures, server_figures
 from bench.models import SHAPES, make_model
-from bench.worker import ENGINES
-from bench.workloads import WORKLOADS, Workload
+from bench.processes import VLLM_ENGINES, interpreter, reason, run_in_own_group, variables, vllm_versions
+from bench.server import SERVERS, run_server
+from bench.table import markdown_table, text_table
+from bench.worker import ENGINES, RESULT
+from bench.workloads import SERVER, WORKLOADS, ServerWorkload, Workload
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -59,146 +62,191 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run_once(engine: str, model: Path, workload: Workload, cache: Path, timeout_s: float) -> dict[str, Any]:
+def run_once(
+    engine: str, model: Path, workload: Workload, cache: Path, timeout_s: float, vllm_python: Path | None = None
+) -> Run:
     """One process. Gives seconds and tokens, or `{"failed": why}`."""
-    variables = {
-        **{k: v for k, v in os.environ.items() if not k.startswith("ONEGRAPH_")},
-        "ONEGRAPH_CACHE_ROOT": str(cache / "onegraph"),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [sys.executable, "-m", "bench.worker", engine, str(model), json.dumps(asdict(workload)), str(time.time())]
+    words = [engine, str(model), json.dumps(asdict(workload)), str(time.time())]
+    command = [interpreter(engine, vllm_python), "-m", "bench.worker", *words]
     load = round(os.getloadavg()[0], 2)
-    code, output, errors = run_in_own_group(command, variables, timeout_s)
+    code, output, errors = run_in_own_group(command, variables(engine, cache, vllm_python), timeout_s)
     if code is None:
         return {"failed": f"timeout: took longer than {timeout_s:.0f} s"}
-    if code != 0:
-        return {"failed": without_paths((errors.strip().splitlines() or ["no output"])[-1])[:300]}
-    return {**checked(json.loads(output.splitlines()[-1])), "load_average_before": load}
+    results = [line for line in output.splitlines() if line.startswith(RESULT)]
+    if code != 0 or not results:
+        return {"failed": f"exit code {code}: {reason(errors)}"}
+    return {**checked(json.loads(results[-1].removeprefix(RESULT))), "load_average_before": load}
 
 
-def run_in_own_group(command: list[str], variables: dict[str, str], timeout_s: float) -> tuple[int | None, str, str]:
-    """Exit code (None after a timeout), stdout, stderr. A timeout ends the process with all that it started.
-
-    Inductor's compile workers would else outlive it and load the machine under the next measurement.
-    """
-    with subprocess.Popen(
-        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        try:
-            output, errors = process.communicate(timeout=timeout_s)
-        except BaseException as error:  # also when the user interrupts
-            os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                return None, "", ""
-            raise
-        return process.returncode, output, errors
-
-
-def without_paths(text: str) -> str:
-    """The text with each absolute path cut to its last part: results are published, folders of users aren't."""
-    return re.sub(r"(?<![\w.])/[^\s'\",:;)]*/", "…/", text)
-
-
-def checked(run: dict[str, Any]) -> dict[str, Any]:
+def checked(run: Run) -> Run:
     """The run, or a failure where its seconds hold compiling, which isn't the speed of generation."""
     compiled = run.get("compiled_while_timed", 0)
     return {"failed": f"compiled {compiled} graphs while the clock ran"} if compiled else run
 
 
-def summary(values: list[float]) -> dict[str, Any]:
-    """Median and spread (min, max, distance of the quartiles) of the measurements, which stay listed."""
-    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return {
-        "median": round(statistics.median(values), 4),
-        "iqr": round(quartiles[2] - quartiles[0], 4),
-        "min": round(min(values), 4),
-        "max": round(max(values), 4),
-        "all": [round(value, 4) for value in values],
-    }
+def tell(workload: str, repeat: str, engine: str, run: Run) -> None:
+    """One line on a measurement, to stderr."""
+    if "failed" in run:
+        told = run["failed"]
+    elif "levels" in run:
+        levels = (
+            f"{level}: {one['failed'] if 'failed' in one else format(one['output_tokens_per_s'], '.1f') + ' tokens/s'}"
+            for level, one in run["levels"].items()
+        )
+        told = f"ready after {run['ready_s']:.1f} s; {', '.join(levels)}"
+    else:
+        told = f"{run['seconds']:.2f} s, {run['tokens']} tokens"
+    print(f"{datetime.now():%H:%M:%S} {workload} {repeat} {engine}: {told}", file=sys.stderr, flush=True)
 
 
-def figures(workload: Workload, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One engine's figures for a workload: seconds for starts, tokens/s and ms per token for generation."""
-    good = [run for run in runs if "failed" not in run]
-    found: dict[str, Any] = {
-        "failed": [run["failed"] for run in runs if "failed" in run],
-        "threads": sorted({run["threads"] for run in good if "threads" in run}),
-        "dtype": sorted({run["dtype"] for run in good if "dtype" in run}),
-        "load_average_before": [run["load_average_before"] for run in good if "load_average_before" in run],
-    }
-    if good and workload.measure == "first_token":
-        found["seconds"] = summary([run["seconds"] for run in good])
-    elif good:
-        found["tokens_per_s"] = summary([run["tokens"] / run["seconds"] for run in good])
-        found["ms_per_token"] = summary([1000 * run["seconds"] * workload.num_requests / run["tokens"] for run in good])
-    return found
+@dataclass
+class Harness:
+    """One run of the harness: a model, where its caches lie, and the caches that are filled so far."""
+
+    model: Path
+    folder: Path
+    repeats: int
+    timeout_s: float
+    vllm_python: Path | None = None
+    filled: dict[str, Path] = field(default_factory=dict)
+
+    def measure(self, workload: Workload, engines: list[str]) -> dict[str, Any]:
+        """A workload's figures, the engines alternating within each repeat."""
+        runs: dict[str, list[Run]] = {engine: [] for engine in engines}
+        for repeat in range(self.repeats):
+            for engine in engines:
+                run = self._run(engine, workload, self._cache(engine, workload, repeat))
+                tell(workload.name, f"{repeat + 1}/{self.repeats}", engine, run)
+                runs[engine].append(run)
+        found = {engine: figures(workload, runs[engine]) for engine in engines}
+        add_ratios(found)
+        return {"workload": asdict(workload), "engines": found}
+
+    def measure_server(self, workload: ServerWorkload, engines: list[str]) -> dict[str, Any]:
+        """The same for servers. An unmeasured start of each engine fills its cache; its seconds are noted, too."""
+        started: dict[str, list[float]] = {}
+        for engine in engines:
+            run = self._serve(engine, replace(workload, concurrency=()))
+            tell(workload.name, "filling the cache", engine, run)
+            started[engine] = [round(run["ready_s"], 4)] if "ready_s" in run else []
+        runs: dict[str, list[Run]] = {engine: [] for engine in engines}
+        for repeat in range(self.repeats):
+            for engine in engines:
+                run = self._serve(engine, workload)
+                tell(workload.name, f"{repeat + 1}/{self.repeats}", engine, run)
+                runs[engine].append(run)
+        found = {
+            engine: {"ready_s_with_empty_caches": started[engine], **server_figures(workload, runs[engine])}
+            for engine in engines
+        }
+        add_ratios(found)
+        return {"workload": asdict(workload), "engines": found}
+
+    def _cache(self, engine: str, workload: Workload, repeat: int) -> Path:
+        """An empty cache, or the engine's filled one: by a measured cold start, else by an unmeasured one."""
+        if workload.cache == "empty":
+            return self.folder / f"{workload.name}-{engine}-{repeat}"
+        if engine not in self.filled:
+            self._run(engine, WORKLOADS["cold_start"], self.folder / f"filled-{engine}")
+            self.filled.setdefault(engine, self.folder / f"filled-{engine}")
+        return self.filled[engine]
+
+    def _run(self, engine: str, workload: Workload, cache: Path) -> Run:
+        run = run_once(engine, self.model, workload, cache, self.timeout_s, self.vllm_python)
+        if workload.cache == "empty" and "failed" not in run:
+            self.filled.setdefault(engine, cache)
+        return run
+
+    def _serve(self, engine: str, workload: ServerWorkload) -> Run:
+        cache = self.folder / f"{workload.name}-{engine}"
+        return run_server(engine, self.model, workload, cache, self.timeout_s, self.vllm_python)
 
 
 def measure(
-    shape: str, workloads: list[Workload], engines: list[str], repeats: int, timeout_s: float, folder: Path
+    shape: str,
+    workloads: list[Workload | ServerWorkload],
+    engines: list[str],
+    repeats: int,
+    timeout_s: float,
+    folder: Path,
+    *,
+    vllm_python: Path | None = None,
+    left_out: frozenset[tuple[str, str]] = frozenset(),
 ) -> dict[str, Any]:
-    """All measurements of one run, engines alternating within each repeat."""
-    facts: dict[str, Any] = {"environment": environment(), "shape": {"name": shape, **SHAPES[shape]}, "workloads": {}}
-    model = make_model(shape, folder / "model")
-    filled = {engine: folder / f"filled-{engine}" for engine in engines}
-    ready: set[str] = set()
+    """All measurements of one run. `left_out` has pairs of workload and engine; servers are measured for SERVERS."""
+    facts: dict[str, Any] = {"environment": environment(), "shape": {"name": shape, **SHAPES[shape]}}
+    if vllm_python is not None:
+        facts["environment"]["vllm"] = vllm_versions(vllm_python)
+    facts["left_out"] = sorted(":".join(pair) for pair in left_out)
+    facts["workloads"] = {}
+    harness = Harness(make_model(shape, folder / "model"), folder, repeats, timeout_s, vllm_python)
     for workload in workloads:
-        runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
-        for repeat in range(repeats):
-            for engine in engines:
-                if workload.cache == "filled" and engine not in ready:
-                    run_once(engine, model, WORKLOADS["cold_start"], filled[engine], timeout_s)
-                    ready.add(engine)
-                cache = filled[engine] if workload.cache == "filled" else folder / f"{workload.name}-{engine}-{repeat}"
-                run = run_once(engine, model, workload, cache, timeout_s)
-                runs[engine].append(run)
-                told = run.get("failed") or f"{run['seconds']:.2f} s, {run['tokens']} tokens"
-                print(f"{workload.name} {repeat + 1}/{repeats} {engine}: {told}", file=sys.stderr, flush=True)
-        facts["workloads"][workload.name] = {
-            "workload": asdict(workload),
-            "engines": {engine: figures(workload, runs[engine]) for engine in engines},
-        }
-        add_ratios(facts["workloads"][workload.name]["engines"])
+        chosen = [engine for engine in engines if (workload.name, engine) not in left_out]
+        if isinstance(workload, ServerWorkload):
+            chosen = [engine for engine in chosen if engine in SERVERS]
+            found = harness.measure_server(workload, chosen) if chosen else None
+        else:
+            found = harness.measure(workload, chosen) if chosen else None
+        if found:
+            facts["workloads"][workload.name] = found
     return facts
 
 
-def add_ratios(engines: dict[str, dict[str, Any]]) -> None:
-    """Gives each engine its `ratio` to the first one (above 1: the first is better), None where either has failed."""
-    baseline = next(iter(engines.values()))
-    for found in engines.values():
-        found["ratio"] = None
-        for key in ("seconds", "tokens_per_s"):
-            if key in found and key in baseline:
-                ours, theirs = baseline[key]["median"], found[key]["median"]
-                found["ratio"] = round(theirs / ours if key == "seconds" else ours / theirs, 4)
+def names(text: str, known: Iterable[str], what: str) -> list[str]:
+    """The names in a list with commas. Raises ValueError for one that isn't known."""
+    found = [name for name in text.split(",") if name]
+    for name in found:
+        if name not in known:
+            raise ValueError(f"there is no {what} {name!r}; known: {', '.join(known)}")
+    return found
 
 
-def table(facts: dict[str, Any]) -> str:
-    """One line for each workload and engine, with the ratio to the first engine (above 1: the first is better)."""
-    lines = [f"{'workload':<14} {'engine':<22} {'median':>12} {'min..max':>22} {'ratio':>7}"]
-    for name, entry in facts["workloads"].items():
-        for engine, found in entry["engines"].items():
-            key = "seconds" if "seconds" in found else "tokens_per_s"
-            if key not in found:
-                lines.append(f"{name:<14} {engine:<22} {'failed':>12} {(found['failed'] or [''])[0][:40]}")
-                continue
-            one, unit = found[key], "s" if key == "seconds" else "tok/s"
-            ratio = "" if found["ratio"] is None else f"{found['ratio']:.2f}"
-            spread = f"{one['min']:.2f}..{one['max']:.2f}"
-            lines.append(f"{name:<14} {engine:<22} {one['median']:>6.2f} {unit:<5} {spread:>22} {ratio:>7}")
-    return "\n".join(lines)
+def chosen_workloads(options: argparse.Namespace) -> list[Workload | ServerWorkload]:
+    """The workloads that the flags ask for, with their sizes. Raises ValueError."""
+    offline = replace(WORKLOADS["offline"], num_requests=options.offline_requests)
+    levels = tuple(int(level) for level in options.concurrency.split(","))
+    server = replace(SERVER, concurrency=levels, rounds=options.rounds, min_requests=options.min_requests)
+    known: dict[str, Workload | ServerWorkload] = {**WORKLOADS, "offline": offline, "server": server}
+    return [known[name] for name in names(options.workloads, known, "workload")]
+
+
+def chosen_engines(options: argparse.Namespace) -> list[str]:
+    """The engines that the flags ask for and that can run; says which can't. Raises ValueError."""
+    engines = names(options.engines, ENGINES, "engine")
+    if options.vllm_python is None and (skipped := [engine for engine in engines if engine in VLLM_ENGINES]):
+        print(f"skipped: {', '.join(skipped)} (no --vllm-python was given)", file=sys.stderr)
+        engines = [engine for engine in engines if engine not in VLLM_ENGINES]
+    return engines
+
+
+def chosen_to_leave_out(options: argparse.Namespace) -> frozenset[tuple[str, str]]:
+    """Pairs of workload and engine. Raises ValueError."""
+    pairs = [pair.partition(":")[::2] for pair in options.leave_out.split(",") if pair]
+    for workload, engine in pairs:
+        names(workload, [*WORKLOADS, "server"], "workload")
+        names(engine, ENGINES, "engine")
+    return frozenset(pairs)
 
 
 def main() -> int:
     """Runs what the flags ask for, writes bench/results/DATE-SHAPE[-NAME].json, prints the table."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="135m", choices=sorted(SHAPES))
-    parser.add_argument("--workloads", default=",".join(WORKLOADS))
+    parser.add_argument("--workloads", default=",".join([*WORKLOADS, "server"]))
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--offline-requests", type=int, default=64, help="fewer than 64 where time is short")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for each process")
+    parser.add_argument("--concurrency", default="1,8,32", help="the server's levels")
+    parser.add_argument("--rounds", type=int, default=3, help="requests of a server's level for each client")
+    parser.add_argument("--min-requests", type=int, default=8, help="least requests of a server's level")
+    parser.add_argument("--leave-out", default="", help="WORKLOAD:ENGINE pairs, with commas between")
+    parser.add_argument(
+        "--vllm-python",
+        type=Path,
+        default=os.environ.get("BENCH_VLLM_PYTHON"),
+        help="the interpreter of an environment that has vLLM (default: $BENCH_VLLM_PYTHON)",
+    )
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for each process, and each server level")
     parser.add_argument("--name", default="", help="ends the file's name, where a day has several runs of a shape")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
@@ -206,15 +254,30 @@ def main() -> int:
     out = options.out or RESULTS / f"{stem}.json"
     if out.exists():
         parser.error(f"{out.name} exists, and results are kept as measured: give another --name or --out")
-    chosen = [WORKLOADS[name] for name in options.workloads.split(",")]
-    chosen = [replace(w, num_requests=options.offline_requests) if w.name == "offline" else w for w in chosen]
+    try:
+        workloads, engines = chosen_workloads(options), chosen_engines(options)
+        left_out = chosen_to_leave_out(options)
+        if options.vllm_python is not None:
+            vllm_versions(options.vllm_python)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what runs is ended, folders are removed
     with tempfile.TemporaryDirectory(prefix="onegraph-bench-") as folder:
         facts = measure(
-            options.shape, chosen, options.engines.split(","), options.repeats, options.timeout, Path(folder)
+            options.shape,
+            workloads,
+            engines,
+            options.repeats,
+            options.timeout,
+            Path(folder),
+            vllm_python=options.vllm_python,
+            left_out=left_out,
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts, indent=1) + "\n")
-    print(table(facts))
+    print(text_table(facts))
+    print()
+    print(markdown_table(facts))
     print(f"written: {out}")
     return 0
 

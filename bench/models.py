@@ -64,15 +64,31 @@ def make_config(shape: str) -> Any:
     )
 
 
-def make_model(shape: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
-    """Writes config, safetensors and a byte-level tokenizer; the same seed gives the same weights."""
-    torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(make_config(shape), dtype=dtype).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+ASCII_ALPHABET = [chr(256 + i) for i in range(33)] + [chr(i) for i in range(33, 127)] + [chr(256 + 33)]
+"""How byte-level tokenizers spell the bytes 0 to 127."""
+
+
+def make_tokenizer(vocab_size: int) -> Tokenizer:
+    """Byte-level for ASCII texts, and each id of the model has a whole text of its own: after the bytes, made-up words.
+
+    A random model generates any id, and a server sends a token when it has text to send: with ids without text, or
+    with parts of characters, there may be no event to measure. No merges, so that texts are encoded as bytes.
+    """
+    vocab = {character: i for i, character in enumerate(ASCII_ALPHABET)}
+    for i in range(len(vocab), vocab_size):
+        vocab[f"\u0120w{i}"] = i  # U+0120 is how a space is spelt
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return tokenizer
+
+
+def make_model(shape: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+    """Writes config, safetensors and a tokenizer; the same seed gives the same weights."""
+    torch.manual_seed(seed)
+    config = make_config(shape)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(config.vocab_size)).save_pretrained(folder)
     return folder
 
 

@@ -1,24 +1,57 @@
-"""One engine does one workload in a process of its own and prints one line of JSON.
+"""One engine does one workload in a process of its own and prints one line: RESULT and a JSON object.
 
 usage: python -m bench.worker ENGINE MODEL WORKLOAD_JSON STARTED, where STARTED is the time.time() at which the
-harness started the process.
+harness started the process. Runs in the engine's own interpreter: imports the standard library alone, and then the
+one engine that was asked for.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from bench.workloads import Workload
+
+RESULT = "RESULT "
+"""Begins the line with the result: engines log to the same stream, also after it."""
 
 Generate = Callable[[list[list[int]], int], int]
 """Greedily generates the given number of tokens for each prompt, and gives how many there are in all."""
 
 
-def start_onegraph(model: str, enforce_eager: bool) -> Generate:
+def graphs_compiled() -> int:
+    """How many graphs this process has compiled so far, by torch.compile or by onegraph.
+
+    Reads modules that are loaded already and imports none, so that eager engines don't pay for it.
+    """
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    ours = sys.modules.get("onegraph.counters")
+    compiled = int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
+    return compiled + (int(ours.counters.snapshot().get("inductor_compiles", 0)) if ours else 0)
+
+
+def state_here() -> dict[str, int]:
+    """Torch's threads in this process, and the graphs that it has compiled so far."""
+    import torch
+
+    return {"threads": torch.get_num_threads(), "graphs": graphs_compiled()}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A ready engine; `state` is of the process that runs the model, which may be a child; `close` ends threads."""
+
+    generate: Generate
+    state: Callable[[], dict[str, int]] = state_here
+    close: Callable[[], None] = lambda: None
+
+
+def start_onegraph(model: str, enforce_eager: bool) -> Engine:
     from onegraph import LLM, SamplingParams
 
     llm = LLM(model, enforce_eager=enforce_eager, enable_prefix_caching=False, max_model_len=1024)
@@ -28,10 +61,27 @@ def start_onegraph(model: str, enforce_eager: bool) -> Generate:
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-    return generate
+    return Engine(generate)
 
 
-def start_transformers(model: str, compiled: bool) -> Generate:
+def start_vllm(model: str, enforce_eager: bool) -> Engine:
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # lets `state` ask the process that runs the model
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=model, enforce_eager=enforce_eager, enable_prefix_caching=False, max_model_len=1024)
+
+    def generate(prompts: list[list[int]], num_tokens: int) -> int:
+        params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    def state() -> dict[str, int]:
+        return dict(llm.collective_rpc(lambda worker: state_here())[0])
+
+    return Engine(generate, state)
+
+
+def start_transformers(model: str, compiled: bool) -> Engine:
     import torch
     from transformers import AutoModelForCausalLM, CompileConfig
 
@@ -56,33 +106,49 @@ def start_transformers(model: str, compiled: bool) -> Generate:
             )
         return int((out.shape[1] - ids.shape[1]) * ids.shape[0])
 
-    return generate
+    return Engine(generate)
 
 
-ENGINES: dict[str, Callable[[str], Generate]] = {
+def start_transformers_batching(model: str) -> Engine:
+    """transformers' continuous batching, through the manager that its `generate_batch` makes anew for each call.
+
+    Its KV cache takes nine tenths of the free memory unless told otherwise, and touches all of it.
+    """
+    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+    manager = loaded.init_continuous_batching(
+        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=0.15, allow_block_sharing=False),
+    )
+    manager.warmup()
+    manager.start()
+
+    def generate(prompts: list[list[int]], num_tokens: int) -> int:
+        manager.add_requests(inputs=prompts, max_new_tokens=num_tokens)
+        lengths: list[int] = []
+        while len(lengths) < len(prompts):
+            result = manager.get_result(timeout=1)
+            if result is None and not manager.is_running():
+                raise RuntimeError("the generation thread has ended")
+            if result is not None and result.error is not None:
+                raise RuntimeError(f"a request failed: {result.error}")
+            if result is not None and result.is_finished():
+                lengths.append(len(result.generated_tokens))
+        return sum(lengths)
+
+    return Engine(generate, close=manager.stop)
+
+
+ENGINES: dict[str, Callable[[str], Engine]] = {
     "onegraph": lambda model: start_onegraph(model, enforce_eager=False),
     "onegraph-eager": lambda model: start_onegraph(model, enforce_eager=True),
+    "vllm": lambda model: start_vllm(model, enforce_eager=False),
+    "vllm-eager": lambda model: start_vllm(model, enforce_eager=True),
     "transformers": lambda model: start_transformers(model, compiled=False),
     "transformers-compile": lambda model: start_transformers(model, compiled=True),
+    "transformers-batching": start_transformers_batching,
 }
-
-
-def graphs_compiled() -> int:
-    """How many graphs this process has compiled so far, by torch.compile or by onegraph.
-
-    Reads modules that are loaded already and imports none, so that eager engines don't pay for it.
-    """
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    ours = sys.modules.get("onegraph.counters")
-    compiled = int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
-    return compiled + (int(ours.counters.snapshot().get("inductor_compiles", 0)) if ours else 0)
-
-
-def conditions(config: dict[str, Any]) -> dict[str, Any]:
-    """What has to be equal for all engines: torch's threads in this process, and the model's dtype."""
-    import torch
-
-    return {"threads": torch.get_num_threads(), "dtype": config.get("dtype") or config.get("torch_dtype")}
 
 
 def main(engine: str, model: str, workload: Workload, started: float) -> dict[str, Any]:
@@ -93,23 +159,34 @@ def main(engine: str, model: str, workload: Workload, started: float) -> dict[st
     """
     with open(f"{model}/config.json") as file:
         config = json.load(file)
+    dtype = config.get("dtype") or config.get("torch_dtype")
     prompts = workload.prompts(config["vocab_size"])
-    generate = ENGINES[engine](model)
+    running = ENGINES[engine](model)
+    try:
+        return {**timed(running, workload, prompts, started), "dtype": dtype}
+    finally:
+        running.close()
+
+
+def timed(running: Engine, workload: Workload, prompts: list[list[int]], started: float) -> dict[str, Any]:
+    """Seconds, tokens and what the process says of itself."""
     if workload.measure == "first_token":
-        tokens = generate(prompts, workload.output_len)
-        return {"seconds": time.time() - started, "tokens": tokens, **conditions(config)}
-    generate(prompts, workload.output_len)
-    before = graphs_compiled()
+        tokens = running.generate(prompts, workload.output_len)
+        seconds = time.time() - started
+        return {"seconds": seconds, "tokens": tokens, "threads": running.state()["threads"]}
+    running.generate(prompts, workload.output_len)
+    before = running.state()
     began = time.perf_counter()
-    tokens = generate(prompts, workload.output_len)
+    tokens = running.generate(prompts, workload.output_len)
     seconds = time.perf_counter() - began
     return {
         "seconds": seconds,
         "tokens": tokens,
-        "compiled_while_timed": graphs_compiled() - before,
-        **conditions(config),
+        "compiled_while_timed": running.state()["graphs"] - before["graphs"],
+        "threads": before["threads"],
     }
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], sys.argv[2], Workload(**json.loads(sys.argv[3])), float(sys.argv[4]))))
+    found = main(sys.argv[1], sys.argv[2], Workload(**json.loads(sys.argv[3])), float(sys.argv[4]))
+    print(f"{RESULT}{json.dumps(found)}", flush=True)

@@ -28,6 +28,33 @@ class Workload:
         return [[rng.randrange(1, vocab_size) for _ in range(self.prompt_len)] for _ in range(self.num_requests)]
 
 
+@dataclass(frozen=True)
+class ServerWorkload:
+    """Completions over HTTP: `concurrency` clients at a time, each level in turn, against one server process.
+
+    Each client sends its next request when the last one has ended. A level has `rounds` requests for each of its
+    clients, and at least `min_requests`; before it comes one unmeasured request for each client.
+    """
+
+    name: str = "server"
+    concurrency: tuple[int, ...] = (1, 8, 32)
+    prompt_len: int = 128
+    output_len: int = 64
+    rounds: int = 3
+    min_requests: int = 8
+
+    def num_requests(self, level: int) -> int:
+        """Measured requests of a level."""
+        return max(self.rounds * level, self.min_requests)
+
+    def prompts(self, vocab_size: int, level: int) -> tuple[list[list[int]], list[list[int]]]:
+        """(unmeasured, measured), none equal to another, so that no server finds its prefix computed."""
+        rng = random.Random(f"{self.name} {level}")
+        total = level + self.num_requests(level)
+        prompts = [[rng.randrange(1, vocab_size) for _ in range(self.prompt_len)] for _ in range(total)]
+        return prompts[:level], prompts[level:]
+
+
 WORKLOADS = {
     workload.name: workload
     for workload in (
@@ -37,3 +64,5 @@ WORKLOADS = {
         Workload("offline", 64, 128, 128, "filled", "generate"),
     )
 }
+
+SERVER = ServerWorkload()

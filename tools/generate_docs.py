@@ -7,7 +7,7 @@ classes. A test runs the check, so that the pages can't fall behind.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from onegraph import errors
@@ -15,6 +15,7 @@ from onegraph.cli.flags import ENGINE_FLAGS
 from onegraph.config.compilation import FIELDS, CompilationConfig, CompilationMode, CUDAGraphMode
 from onegraph.config.resolve import ALWAYS, DEFAULT_LEVEL, HONOURED, LEVEL_MODES, DeviceRules, resolve
 from onegraph.env import VARIABLES, environment
+from onegraph.serve.settings import ServeSettings
 
 DOCS = Path(__file__).parents[1] / "docs"
 CPU = DeviceRules("cpu", frozenset({CUDAGraphMode.NONE}), CUDAGraphMode.NONE)
@@ -65,6 +66,11 @@ def options_page() -> str:
         "|---|---|",
     ]
     lines += [f"| `--{flag.field.replace('_', '-')}` | {flag.help} |" for flag in ENGINE_FLAGS]
+    lines += ["", "## Server", "", "Flags of `onegraph serve` beside those above.", ""]
+    lines += ["| flag | default | what it does |", "|---|---|---|"]
+    for setting in fields(ServeSettings):
+        default = "" if setting.metadata["several"] else f"`{setting.default}`"
+        lines.append(f"| `--{setting.name.replace('_', '-')}` | {default} | {setting.metadata['help']} |")
     lines += ["", "## Environment", "", "| variable | what it does |", "|---|---|"]
     lines += [f"| `{name}` | {text} |" for name, text in VARIABLES.items()]
     return "\n".join(lines) + "\n"

@@ -122,6 +122,18 @@ class RecordingError(OnegraphError):
         self.tensor = tensor
 
 
+class EngineError(OnegraphError):
+    """An engine that takes no requests: it is starting, stopping, or has failed."""
+
+    code = "OG-ENGINE"
+
+
+class ServeError(OnegraphError):
+    """A server that can't start: its packages are missing, or its address can't be had."""
+
+    code = "OG-SERVE"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint that names the known word most like this one, or else all known words."""
     names = sorted(set(known))

@@ -129,7 +129,7 @@ class LLM:
 
     def explain(self) -> Explanation:
         """How the model was compiled: `.to_dict()`, or `str()` of it."""
-        return self._started.compiled.explain()
+        return self._started.explain()
 
     def check(self, num_sizes: int = 8) -> tuple[SizeCheck, ...]:
         """Compares the compiled model with eager and with fp64 at `num_sizes` batch sizes; `explain` shows it too.

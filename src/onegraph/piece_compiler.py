@@ -27,6 +27,7 @@ from onegraph.ir.piece import Piece
 from onegraph.ir.region import Region
 from onegraph.ir.target import Target
 from onegraph.log import get_logger
+from onegraph.op_kernels import install_op_kernels, uses_own_ops
 from onegraph.store.store import Store
 from onegraph.torch_compat import shapes
 from onegraph.torch_compat.structured_trace import trace_text
@@ -67,9 +68,8 @@ class PieceCompiler:
             if progress is not None:
                 progress(len(made), len(pieces))
             if piece.kind == "splitting_op":
-                made.append(
-                    CompiledPiece(eager.compile_piece(piece), "eager", "off", "a splitting op runs as it is", 0.0)
-                )
+                why, notes = "a splitting op runs as it is", self._kernels_of_ops(piece)
+                made.append(CompiledPiece(eager.compile_piece(piece), "eager", "off", why, 0.0, notes=notes))
                 continue
             identity = None if piece.index in self.config.eager_pieces else _identity(piece, dims)
             twin = None if identity is None else known.get(identity)
@@ -96,7 +96,11 @@ class PieceCompiler:
             made = CompiledPiece(call, backend, "off", "backend=aot_eager", 0.0, mutates_inputs=mutates_inputs)
         else:
             made = self._with_inductor(piece, region)
-        return replace(made, seconds=time.perf_counter() - started)
+        return replace(made, seconds=time.perf_counter() - started, notes=self._kernels_of_ops(piece))
+
+    def _kernels_of_ops(self, piece: Piece) -> tuple[str, ...]:
+        """Sees to it that onegraph's own ops in the piece have their kernels; why they haven't, where that is so."""
+        return install_op_kernels(self.target, self.store).notes if uses_own_ops(piece.graph_module) else ()
 
     def _with_inductor(self, piece: Piece, region: Region | None) -> CompiledPiece:
         options = {**self.target.compiler_options(), **SAME_AS_EAGER, **self.config.inductor_compile_config}

@@ -308,7 +308,10 @@ def _explain(
         plan_source=plan_source(first.plan),
         num_ops=first.captured.num_ops,
         custom_ops=tuple(op for one in made for op in one.custom_ops),
-        notes=config.downgrades,
+        notes=(
+            *config.downgrades,
+            *dict.fromkeys(note for one in made for piece in one.pieces for note in piece.notes),
+        ),
     )
 
 

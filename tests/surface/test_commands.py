@@ -134,7 +134,7 @@ def test_an_unknown_variable_stops_a_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ONEGRAPH_CASH_ROOT", "/tmp")
-    for command in ("run", "explain", "config"):
+    for command in ("run", "serve", "explain", "config"):
         assert main([command]) == 2
         assert "did you mean 'ONEGRAPH_CACHE_ROOT'" in capsys.readouterr().err
 

@@ -11,18 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
 from onegraph import LLM, CompilationConfig, CompilationMode, CUDAGraphMode, SamplingParams
+from onegraph.cli import serve
 from onegraph.cli.main import main
 from onegraph.config.compilation import FIELDS
 from onegraph.config.resolve import resolve
 from onegraph.counters import counters
 from onegraph.env import environment
 from onegraph.errors import ConfigError
+from onegraph.serve.server import Server
 from onegraph.targets import device_rules
 from tests.architectures import make_model
+from tests.serve.live_server import Live, process
 
 ACCEPTED: list[tuple[str, Any]] = [
     ("level", 0),
@@ -256,3 +260,82 @@ def test_levels_that_compile_make_one_artifact_and_then_load_it(
         assert tokens_of(model_folder, compilation_config=level) == eager_tokens
     with counters.expect(**{**CAPTURED, "store_hits": 1, "store_misses": 0}):
         assert tokens_of(model_folder, compilation_config={"level": level}) == eager_tokens
+
+
+def groups_of_rows() -> list[dict[str, Any]]:
+    """The accepted rows in as few configurations as hold all of them; nothing in one contradicts another."""
+    groups: list[dict[str, Any]] = []
+    for name, value in ACCEPTED:
+        for group in groups:
+            try:
+                in_python({**group, name: value})
+            except ConfigError:
+                continue
+            if name not in group:
+                group[name] = value
+                break
+        else:
+            groups.append({name: value})
+    return [{"backend": "eager", **group} for group in groups]
+
+
+GROUPS = groups_of_rows()
+
+
+def test_the_groups_have_every_row() -> None:
+    assert all(any(group.get(name, ...) == value for group in GROUPS) for name, value in ACCEPTED)
+
+
+def words_of(group: dict[str, Any]) -> list[str]:
+    return [f"-O.{name}={json.dumps(value)}" for name, value in group.items()]
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: ",".join(f"{k}={v}" for k, v in group.items())[:60])
+def test_run_llm_and_a_live_server_say_what_is_in_effect(
+    group: dict[str, Any], model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = in_python(group)
+    words = [str(model_folder), "--num-kv-blocks=64", "--max-num-batched-tokens=64", *words_of(group)]
+    assert main(["run", *words, "--json", "--max-tokens=1"]) == 0
+    assert json.loads(capsys.readouterr().out)["explain"]["config"] == expected
+    llm = LLM(str(model_folder), num_kv_blocks=64, max_num_batched_tokens=64, compilation_config=group)
+    assert llm.explain().to_dict()["config"] == expected
+    assert of_a_live_server(words) == expected
+    for name, value in group.items():
+        shown = expected[name]["value"]
+        if not isinstance(value, dict):
+            assert shown == (value if name != "mode" else CompilationConfig.of({"mode": value}).mode.name)
+
+
+@pytest.mark.parametrize("words", [["--enforce-eager"], ["--enforce_eager"], ["-O3", "--enforce-eager"]])
+def test_a_live_server_shows_enforce_eager(words: list[str], model_folder: Path) -> None:
+    level = {"level": 3} if "-O3" in words else {}
+    assert of_a_live_server([str(model_folder), "--num-kv-blocks=64", *words]) == in_python(level, enforce_eager=True)
+
+
+def of_a_live_server(words: list[str]) -> Any:
+    """What GET /explain of a server shows that is started with these words."""
+    config, settings, _ = serve.parsed([*words, "--port=0", "--api-key=secret"])
+    one = Live(Server(config, settings))
+    try:
+        answer = one.wait_ready().http.get("/explain", headers={"Authorization": "Bearer secret"})
+        assert answer.status_code == 200
+        return answer.json()["config"]
+    finally:
+        one.close()
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_serve_refuses_what_can_not_be_honoured(name: str, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        in_python({name: value})
+    assert main(["serve", "--port=0", f"-O.{name}={json.dumps(value)}"]) == 2
+    shown = capsys.readouterr()
+    assert str(caught.value) in shown.err and shown.out == ""
+
+
+def test_a_server_process_shows_its_flags(model_folder: Path, tmp_path: Path) -> None:
+    words = [str(model_folder), "--port=0", "--num-kv-blocks=64", "-O1", "-O.backend=eager", "-O.freeze"]
+    with process(words, tmp_path) as one:
+        shown = httpx.get(f"{one.wait_ready().url}/explain").json()["config"]
+    assert shown == in_python({"level": 1, "backend": "eager", "freeze": True})

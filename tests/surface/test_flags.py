@@ -95,7 +95,7 @@ def test_a_flag_that_this_version_refuses(words: list[str], told: str, capsys: p
     assert told in shown.err
 
 
-@pytest.mark.parametrize("command", ["run", "explain", "config"])
+@pytest.mark.parametrize("command", ["run", "serve", "explain", "config"])
 @pytest.mark.parametrize(("words", "nearest"), UNKNOWN, ids=lambda v: spelled(v) if isinstance(v, list) else "")
 def test_what_is_unknown_is_refused_with_the_nearest(
     command: str, words: list[str], nearest: str, capsys: pytest.CaptureFixture[str]

@@ -115,6 +115,7 @@ importlib.machinery.PathFinder.find_spec = find_no_extras
 assert not any(map(importlib.util.find_spec, extras))
 import onegraph
 modules = [module.name for module in pkgutil.walk_packages(onegraph.__path__, "onegraph.")]
+modules = [name for name in modules if not name.startswith("onegraph.serve.") or name == "onegraph.serve.settings"]
 assert len(modules) > 50, modules
 for name in modules:
     importlib.import_module(name)

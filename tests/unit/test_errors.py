@@ -42,6 +42,8 @@ def test_codes_are_stable_and_differ() -> None:
         "CompileError": "OG-COMPILE",
         "ArtifactError": "OG-ARTIFACT",
         "RecordingError": "OG-RECORDING",
+        "EngineError": "OG-ENGINE",
+        "ServeError": "OG-SERVE",
     }
 
 

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from onegraph import __version__
-from onegraph.cli import config, doctor, explain, run
+from onegraph.cli import config, doctor, explain, run, serve
 from onegraph.cli.flags import UsageError
 from onegraph.errors import ConfigError, OnegraphError, nearest
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "run": (run.main, "generate text for prompts, offline"),
+    "serve": (serve.main, "an OpenAI-compatible server for one model"),
     "explain": (explain.main, "how a model is compiled: stages, ledger, pieces, config and why"),
     "config": (config.main, "the effective values of all settings, and why each is what it is"),
     "doctor": (doctor.main, "check the toolchain, torch, the device and permissions"),

@@ -1,8 +1,8 @@
 """The engine: continuous batching over a paged KV cache, one step at a time.
 
-Takes: requests (token ids with parameters). Gives: from each step the outputs of requests that ended, and of
-those that stream. A step is three verbs: schedule, run, postprocess. Keeps: the unfinished requests. One
-thread uses an engine.
+Takes: requests (token ids with parameters). Gives: from each step the outputs of requests that ended, and what is
+new of those that stream. A step is three verbs: schedule, run, postprocess. Keeps: the unfinished requests. One
+thread uses an engine; only `check_request` may be called from any.
 """
 
 import time
@@ -40,6 +40,14 @@ class EngineStats:
     num_blocks: int
     num_preemptions: int
     num_generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """A step's outputs. `failure` is what its batch raised; its requests are among the outputs then, with an error."""
+
+    outputs: list[RequestOutput]
+    failure: Exception | None = None
 
 
 class Engine:
@@ -80,19 +88,36 @@ class Engine:
         prompt: str | None = None,
         stream: bool = False,
     ) -> None:
-        """Queues a request; `prompt` is only handed back. With `stream` every step gives its output so far.
+        """Queues a request; `prompt` is only handed back. With `stream` every step gives what is new of it.
 
         The output ends at max_model_len with finish_reason "length" where max_tokens would go beyond.
-        Errors: ConfigError for a prompt or parameters that this model can't serve, StateChangedError for a module
-        that was changed where that is an error; nothing is queued then.
+        Errors: those of `check_request` and `queue_request`; nothing is queued then.
+        """
+        self.check_request(prompt_token_ids, params, where=f"request {request_id!r}")
+        self.queue_request(request_id, prompt_token_ids, params, prompt=prompt, stream=stream)
+
+    def check_request(self, prompt_token_ids: Seq[int], params: SamplingParams, *, where: str) -> None:
+        """Raises ConfigError for a prompt or parameters that this model can't serve. Any thread may call it."""
+        check_prompt(prompt_token_ids, limits=self.limits, vocab_size=self._vocab_size, where=where)
+        check_params(params, text=self.text, vocab_size=self._vocab_size, where=where)
+
+    def queue_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        stream: bool = False,
+    ) -> None:
+        """As `add_request`, for what `check_request` has let pass.
+
+        Errors: ConfigError for an id in use, StateChangedError for a module that was changed where that is an error.
         """
         if request_id in self._requests:
             raise ConfigError(f"request_id={request_id!r} is already in use", hint="give another")
         if not self._requests:
             self._runner.check_state()  # the event at which an idle engine's module may have changed
-        where = f"request {request_id!r}"
-        check_prompt(prompt_token_ids, limits=self.limits, vocab_size=self._vocab_size, where=where)
-        check_params(params, text=self.text, vocab_size=self._vocab_size, where=where)
         request = Request(request_id, prompt, tuple(prompt_token_ids), params, stream)
         room = self.limits.max_model_len - len(prompt_token_ids)
         for index in range(params.n):
@@ -103,7 +128,9 @@ class Engine:
                 max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
                 stream=random_stream(params.seed, index, self._seed, self._num_added),
                 stop_strings=StopStrings(params.stop_strings) if params.stop_strings else None,
-                detokenizer=Detokenizer(self.text.decode) if stream or params.stop_strings else None,
+                detokenizer=(
+                    Detokenizer(self.text.decode, self.text.silent_ids) if stream or params.stop_strings else None
+                ),
             )
             request.sequences.append(sequence)
             self._scheduler.add(sequence)
@@ -131,31 +158,52 @@ class Engine:
         return bool(self._requests)
 
     def step(self) -> list[RequestOutput]:
-        """Computes one batch; gives the outputs of requests that ended in it, and of those that stream.
+        """Computes one batch; gives the outputs of requests that ended in it, and what is new of those that stream.
 
         Errors: what the model raises; the requests of the batch are dropped then, others go on.
         """
+        result = self.try_step()
+        if result.failure is not None:
+            raise result.failure
+        return result.outputs
+
+    def try_step(self) -> StepResult:
+        """As `step`, but what a batch raises is in the result, and in the outputs of its requests as their error."""
         batch = self._scheduler.schedule()
         if batch is None:
-            return []
+            return StepResult([])
         try:
             logits, sampled = self._run(batch)
-        except Exception:
-            for item in batch.scheduled:
-                self.abort(item.sequence.request.request_id)
-            raise
-        return self._postprocess(batch, logits, sampled)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it ends this batch and nothing else
+            told = f"the batch failed: {type(error).__name__}"
+            names = {item.sequence.request.request_id for item in batch.scheduled}
+            dropped = [self._dropped(name, told) for name in sorted(names)]
+            return StepResult([output for output in dropped if output is not None], error)
+        return StepResult(self._postprocess(batch, logits, sampled))
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request and frees its blocks; gives what it had so far, None for one that isn't there."""
-        request = self._requests.pop(request_id, None)
-        if request is None:
-            return None
-        for sequence in request.sequences:
-            if not sequence.finished:
-                self._finish(sequence, Stop("abort"))
-        request.finished_s = time.monotonic()
-        return self._output(request)
+        return self._dropped(request_id, None)
+
+    def rehearse(self) -> None:
+        """Serves two short requests and forgets them: what is made when it is first used is made then.
+
+        Errors: ConfigError while requests are running, and what the model raises.
+        """
+        if self._requests:
+            raise ConfigError("requests are running, and the rehearsal would forget them")
+        added, generated = self._num_added, self._num_generated_tokens
+        params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=0)
+        try:
+            for number, length in enumerate((3, 2)):
+                prompt = [0] * min(length, self.limits.max_model_len - 1)
+                if prompt:
+                    self.add_request(f"rehearsal {number}", prompt, params)
+            while self.has_unfinished():
+                self.step()
+        finally:
+            self.reset()
+            self._num_added, self._num_generated_tokens = added, generated
 
     def reset(self) -> None:
         """Drops all requests and the prefix cache, in whatever state an interrupted step left them."""
@@ -211,6 +259,17 @@ class Engine:
                 del self._requests[request.request_id]
         return [self._output(request) for request in touched.values() if request.finished or request.stream]
 
+    def _dropped(self, request_id: str, error: str | None) -> RequestOutput | None:
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        for sequence in request.sequences:
+            if not sequence.finished:
+                self._finish(sequence, Stop("abort"))
+        request.error = error
+        request.finished_s = time.monotonic()
+        return self._output(request)
+
     def _append(self, sequence: Sequence, token_id: int, ranked: list[RankedToken] | None) -> None:
         """Adds a sampled token, and ends the sequence where the token, the text or a length does."""
         sequence.token_ids.append(token_id)
@@ -230,20 +289,19 @@ class Engine:
     def _stop_by_string(self, sequence: Sequence, token_id: int) -> Stop | None:
         if sequence.detokenizer is None:
             return None
-        sequence.detokenizer.append(token_id)
-        text, stops = sequence.detokenizer.text, sequence.stop_strings
-        sequence.text = text
-        if stops is None:
-            return None
-        if sequence.num_output_tokens < sequence.params.min_tokens:
-            stops.ignore_until(len(text))
-            return None
-        found = stops.find(text)
-        if found is None:
-            sequence.text = text[: len(text) - stops.num_held_back(text)]
-            return None
-        sequence.text = text[: found[0]]
-        return Stop("stop", found[1])
+        added = sequence.detokenizer.append(token_id)
+        # A stop string may not begin in the text of the first min_tokens tokens.
+        searched = sequence.num_output_tokens >= sequence.params.min_tokens
+        return self._show(sequence, added, searched=searched)
+
+    def _show(self, sequence: Sequence, added: str, *, searched: bool = True) -> Stop | None:
+        """Adds to the text that may be shown; gives the stop where a stop string is in it."""
+        found = None
+        if sequence.stop_strings is not None and searched:
+            added, found = sequence.stop_strings.let_through(added)
+        if added:
+            sequence.pieces.append(added)
+        return None if found is None else Stop("stop", found)
 
     def _finish(self, sequence: Sequence, stop: Stop) -> None:
         sequence.stop = stop
@@ -254,10 +312,14 @@ class Engine:
         if stop.finish_reason == "stop":
             token_ids.pop()  # the token that ended the text is not part of it
         if sequence.detokenizer is None:
-            sequence.text = self.text.decode(token_ids)
-        else:
-            sequence.detokenizer.finish(token_ids)
-            sequence.text = sequence.detokenizer.text
+            sequence.pieces.append(self.text.decode(token_ids))
+            return
+        searched = len(token_ids) >= sequence.params.min_tokens
+        found = self._show(sequence, sequence.detokenizer.finish(token_ids), searched=searched)
+        if found is not None:
+            sequence.stop = found  # its last character was waiting in the detokenizer
+        elif sequence.stop_strings is not None:
+            sequence.pieces.append(sequence.stop_strings.rest())
 
     def _rank_prompt(self, step: StepLogits, rows: PromptRows) -> None:
         request, num_rows = rows.sequence.request, len(rows.token_ids)
@@ -272,26 +334,17 @@ class Engine:
         return {r.token_id: Logprob(r.logprob, r.rank, self.text.token(r.token_id)) for r in ranked}
 
     def _output(self, request: Request) -> RequestOutput:
-        params = request.params
-        with_logprobs = params.logprobs is not None
+        """All of a request, or what is new of one that streams; the cost is that of what is in it."""
+        samples = request.sequences
+        if request.stream:
+            samples = [s for s in samples if s.num_output_tokens > s.num_sent_tokens or (s.finished and not s.ended)]
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
-            prompt_token_ids=list(request.prompt_token_ids),
-            outputs=[
-                CompletionOutput(
-                    index=sequence.index,
-                    text=sequence.text,
-                    token_ids=sequence.output_token_ids,
-                    finish_reason=sequence.stop.finish_reason if sequence.stop else None,
-                    stop_reason=sequence.stop.reason if sequence.stop else None,
-                    logprobs=list(sequence.logprobs) if with_logprobs else None,
-                    cumulative_logprob=sequence.cumulative_logprob if with_logprobs else None,
-                )
-                for sequence in request.sequences
-            ],
+            prompt_token_ids=request.prompt_token_ids if request.stream else list(request.prompt_token_ids),
+            outputs=[_completion(sequence) for sequence in samples],
             finished=request.finished,
-            prompt_logprobs=list(request.prompt_logprobs) if params.prompt_logprobs is not None else None,
+            prompt_logprobs=list(request.prompt_logprobs) if request.params.prompt_logprobs is not None else None,
             metrics=RequestMetrics(
                 arrival_s=request.arrival_s,
                 first_token_s=request.first_token_s,
@@ -300,3 +353,20 @@ class Engine:
             ),
             error=request.error,
         )
+
+
+def _completion(sequence: Sequence) -> CompletionOutput:
+    """A sample from where its last output ended; a request that doesn't stream has but one output."""
+    with_logprobs = sequence.params.logprobs is not None
+    first, first_piece = sequence.num_sent_tokens, sequence.num_sent_pieces
+    sequence.num_sent_tokens, sequence.num_sent_pieces = sequence.num_output_tokens, len(sequence.pieces)
+    sequence.ended = sequence.finished
+    return CompletionOutput(
+        index=sequence.index,
+        text="".join(sequence.pieces[first_piece:]),
+        token_ids=sequence.token_ids[sequence.num_prompt_tokens + first :],
+        finish_reason=sequence.stop.finish_reason if sequence.stop else None,
+        stop_reason=sequence.stop.reason if sequence.stop else None,
+        logprobs=sequence.logprobs[first:] if with_logprobs else None,
+        cumulative_logprob=sequence.cumulative_logprob if with_logprobs else None,
+    )

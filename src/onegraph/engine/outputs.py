@@ -55,6 +55,9 @@ class RequestMetrics:
 class RequestOutput:
     """One request with all its samples, in the order of their index.
 
+    A stream's output holds what is new since the one before: the samples that have a new token or have ended, each
+    with its new text, tokens and log-probabilities.
+
     prompt: the text, or None when token ids were given. prompt_logprobs: one entry for each prompt token,
     None for the first (nothing stands before it). error: why a request ended with "abort" though nobody
     aborted it.

@@ -26,6 +26,8 @@ class Sequence:
     blocks, row: its KV blocks and its row of the block tables; none while it waits.
     num_registered_blocks, prefix: how far its full blocks are in the prefix index, and the number there.
     stream: the source of its random draws, one for each token that is sampled and not greedy.
+    pieces: its text as it may be shown; num_sent_tokens, num_sent_pieces, ended:
+        how far outputs of a stream have come.
     """
 
     request: "Request"
@@ -43,7 +45,10 @@ class Sequence:
     cumulative_logprob: float = 0.0
     detokenizer: Detokenizer | None = None
     stop_strings: StopStrings | None = None
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
+    num_sent_tokens: int = 0
+    num_sent_pieces: int = 0
+    ended: bool = False
     stop: Stop | None = None
 
     @property
@@ -67,6 +72,11 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
+    def text(self) -> str:
+        """The text that may be shown so far."""
+        return "".join(self.pieces)
+
+    @property
     def finished(self) -> bool:
         """True once it has a reason to stop."""
         return self.stop is not None
@@ -76,7 +86,7 @@ class Sequence:
 class Request:
     """One prompt with its parameters and its samples.
 
-    stream: outputs are wanted at every step, not only at the end. prompt_logprobs: as far as computed.
+    stream: what is new is wanted at every step, not all at the end. prompt_logprobs: as far as computed.
     """
 
     request_id: str

@@ -7,7 +7,7 @@ stage took. This is the one place where an engine's model is compiled.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -20,7 +20,10 @@ from onegraph.engine.engine import Engine
 from onegraph.engine.kv_cache import LayerKV
 from onegraph.engine.limits import Limits, resolve_limits
 from onegraph.engine.text import Text
+from onegraph.explanation import Explanation
 from onegraph.models import BUILTIN_MODEL, LoadedModel, load_model
+from onegraph.op_kernels import OpKernels, install_op_kernels
+from onegraph.targets import target_for
 
 WARM_UP_TOKENS = 16
 """Rows of the example that the model is captured on; any number would do, since sizes never reach the compiler."""
@@ -33,10 +36,16 @@ class Started:
     engine: Engine
     model: LoadedModel
     compiled: CompiledModel
+    op_kernels: OpKernels
     limits: Limits
     config: EngineConfig
     load_s: float
     compile_s: float
+
+    def explain(self) -> Explanation:
+        """How the model was compiled, and what its attention was lowered to."""
+        explanation = self.compiled.explain()
+        return replace(explanation, notes=tuple(dict.fromkeys((*explanation.notes, *self.op_kernels.notes))))
 
 
 def start_engine(config: EngineConfig) -> Started:
@@ -55,7 +64,9 @@ def start_engine(config: EngineConfig) -> Started:
     layers = [LayerKV(model.kv.num_kv_heads, model.kv.head_dim, model.kv.dtype)] * model.kv.num_layers
     limits = resolve_limits(config, model_len=model.max_model_len, layers=layers)
     loaded = time.perf_counter()
-    with _bar("compile", 4) as progress:
+    with _bar("compile", 5) as progress:
+        progress("attention kernel")
+        op_kernels = install_op_kernels(target_for(api.device_type_of(model.module)), api.open_store())
         compiled = api.compile(
             model.module,
             dynamic_shapes=model.module.dynamic_shapes(
@@ -78,7 +89,7 @@ def start_engine(config: EngineConfig) -> Started:
             seed=config.seed,
         )
         engine.warm_up(min(WARM_UP_TOKENS, limits.max_num_batched_tokens))
-    return Started(engine, model, compiled, limits, config, loaded - began, time.perf_counter() - loaded)
+    return Started(engine, model, compiled, op_kernels, limits, config, loaded - began, time.perf_counter() - loaded)
 
 
 def vocab_size(config: Any) -> int:

@@ -1,7 +1,6 @@
 """When a sequence ends: stop tokens, stop strings across token borders, and lengths.
 
-Takes: the tokens and the text of one sequence. Gives: the reason to stop, and how much text is safe to show
-before.
+Takes: the tokens and the text of one sequence. Gives: the reason to stop, and the text that is safe to show.
 """
 
 from dataclasses import dataclass
@@ -32,35 +31,43 @@ def stop_by_token(
 
 
 class StopStrings:
-    """The stop strings of one request; looks only at text that it has not seen."""
+    """Lets the text of one sequence through, piece by piece, up to the first of its stop strings.
+
+    The end of the text so far that may turn out to begin a stop string is held back, and looked at again with the
+    next piece: what was let through never has to be taken back, and nothing is searched twice.
+    """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self.strings = stop
-        self._overlap = max((len(s) for s in stop), default=1) - 1
-        self._from = 0  # a match starts here or later
+        self._held = ""
 
-    def ignore_until(self, length: int) -> None:
-        """Text before this character can't be part of a match (it belongs to the first `min_tokens`
-        tokens).
-        """
-        self._from = length
+    def let_through(self, piece: str) -> tuple[str, str | None]:
+        """The text that may be shown now, and the stop string that ends it here, if one does.
 
-    def find(self, text: str) -> tuple[int, str] | None:
-        """The first stop string in the text that grew since the last call: (index of its first character,
-        itself).
+        Of several stop strings the one that begins first counts, and of those the first in order.
         """
-        found = [(at, stop) for stop in self.strings if (at := text.find(stop, self._from)) >= 0]
+        text = self._held + piece
+        found = [(at, stop) for stop in self.strings if (at := text.find(stop)) >= 0]
         if found:
-            return min(found)
-        self._from = max(self._from, len(text) - self._overlap)
-        return None
+            at, stop = min(found)
+            self._held = ""
+            return text[:at], stop
+        num_held = self._num_held_back(text)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held], None
 
-    def num_held_back(self, text: str) -> int:
-        """How many characters at the end may turn out to begin a stop string, and so must not be shown
-        yet.
-        """
-        tail = text[max(self._from, len(text) - self._overlap) :]
-        for start in range(len(tail)):
-            if any(stop.startswith(tail[start:]) for stop in self.strings):
-                return len(tail) - start
-        return 0
+    def rest(self) -> str:
+        """The text that was held back, for a sequence that ends without its stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _num_held_back(self, text: str) -> int:
+        return max((_num_begun(stop, text) for stop in self.strings), default=0)
+
+
+def _num_begun(stop: str, text: str) -> int:
+    """How many characters at the text's end are the longest proper beginning of a stop string."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return len(text) - at if at >= 0 else 0

@@ -6,12 +6,13 @@ Takes: a `Started` engine. Gives: text for people; `explain` has the same as dat
 from onegraph.api import open_store
 from onegraph.engine.startup import Started
 from onegraph.env import environment
+from onegraph.op_kernels import OpKernels
 
 
 def summarise(started: Started) -> str:
     """The lines, without a newline at the end."""
     model, limits, config = started.model, started.limits, started.config
-    explanation = started.compiled.explain()
+    explanation = started.explain()
     settings = {name: item["value"] for name, item in explanation.config.items()}
     start = explanation.start
     total_s = started.load_s + started.compile_s
@@ -24,6 +25,7 @@ def summarise(started: Started) -> str:
         f"start     {start}, {total_s:.1f} s (weights {started.load_s:.1f} s, "
         f"{'assemble' if start == 'eager' else 'capture and compile or load'} {started.compile_s:.1f} s)",
         f"cache     {_cache()}",
+        f"attention {_attention(started.op_kernels)}",
     ]
     on = {
         f"compile (mode {settings.get('mode')}, backend {settings.get('backend')})": start != "eager",
@@ -34,6 +36,10 @@ def summarise(started: Started) -> str:
     lines.append(f"off       {', '.join(name.split(' (')[0] for name, is_on in on.items() if not is_on) or 'nothing'}")
     lines += [f"note      {note}" for note in (*limits.downgrades, *explanation.notes)]
     return "\n".join(lines)
+
+
+def _attention(found: OpKernels) -> str:
+    return f"C++ kernel, {found.why} ({found.seconds:.1f} s)" if found.is_installed else "plain PyTorch"
 
 
 def _cache() -> str:

@@ -16,6 +16,9 @@ class Text:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._single: dict[int, str] = {}
+        added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+        self.silent_ids = frozenset(i for i, token in added.items() if getattr(token, "special", False))
+        """Special tokens, which `decode` leaves out."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text; special tokens as the tokenizer adds them to a prompt. Errors: ConfigError

@@ -62,3 +62,5 @@ class CompiledPiece:
     """The earlier piece whose artifact this one shares."""
     differs_from: str | None = None
     """The most similar earlier piece, and the first place where the two differ."""
+    notes: tuple[str, ...] = ()
+    """What its ops were lowered to, with the reasons."""

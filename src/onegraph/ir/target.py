@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,8 @@ class Target(Protocol):
     """A kind of device."""
 
     name: str
+    dispatch_key: str
+    """Under which torch's dispatcher finds the device's implementations of ops."""
 
     def fingerprint(self) -> dict[str, Any]:
         """What of the machine is baked into kernels: ISA, threads. JSON-able, part of every key."""
@@ -47,4 +49,16 @@ class Target(Protocol):
 
     def load_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Any]:
         """Loads what `build_kernels` made; gives a callable for each kernel name."""
+        ...
+
+    def op_kernel_factors(self) -> dict[str, Any]:
+        """What the library of kernels for onegraph's own ops is made of. JSON-able: its key. Runs no compiler."""
+        ...
+
+    def build_op_kernels(self) -> dict[str, bytes]:
+        """Compiles that library; gives its files. Raises CompileError."""
+        ...
+
+    def load_op_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Callable[..., Any]]:
+        """Loads what `build_op_kernels` made; gives an implementation for each op by name."""
         ...

@@ -59,6 +59,12 @@ def compile_command(sources: list[str], name: str, output_dir: Path) -> tuple[li
     return shlex.split(builder.get_command_line()), Path(builder.get_target_file_path())
 
 
+def flag_settings() -> dict[str, str]:
+    """The settings of Inductor that `compile_command` derives its flags from. Runs no compiler."""
+    settings = torch._inductor.config.get_config_copy()
+    return {name: repr(value) for name, value in settings.items() if name.startswith(("cpp.", "aot_inductor."))}
+
+
 def cpu_flags() -> str:
     """What the CPU can do, as the system's kernel lists it: code is built for the native CPU."""
     try:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,9 +17,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench import worker
-from bench.__main__ import add_ratios, checked, figures, measure, run_in_own_group, summary, table, without_paths
-from bench.models import SHAPES, make_config
-from bench.workloads import WORKLOADS, Workload
+from bench.__main__ import Harness, checked, chosen_engines, chosen_to_leave_out, chosen_workloads, measure, names
+from bench.figures import add_ratios, figures, summary
+from bench.models import SHAPES, make_config, make_tokenizer
+from bench.processes import ROOT, run_in_own_group, without_paths
+from bench.table import text_table
+from bench.workloads import WORKLOADS, ServerWorkload, Workload
 
 
 @pytest.mark.parametrize(("shape", "millions"), [("135m", 134.5), ("qwen3-0.6b", 596.0)])
@@ -62,11 +70,13 @@ def test_generation_is_timed_after_the_same_work(tmp_path: Path, monkeypatch: py
         compiled.add(calls[-1])
         return len(prompts) * num_tokens
 
-    monkeypatch.setitem(worker.ENGINES, "fake", lambda model: generate)
-    monkeypatch.setattr(worker, "graphs_compiled", lambda: len(compiled))
+    closed: list[bool] = []
+    fake = worker.Engine(generate, lambda: {"threads": 3, "graphs": len(compiled)}, lambda: closed.append(True))
+    monkeypatch.setitem(worker.ENGINES, "fake", lambda model: fake)
     run = worker.main("fake", str(tmp_path), Workload("w", 6, 8, 10, "filled", "generate"), 0.0)
     assert calls == [(6, 10), (6, 10)]
     assert run["compiled_while_timed"] == 0 and run["tokens"] == 60
+    assert run["threads"] == 3 and run["dtype"] == "bfloat16" and closed == [True]
 
 
 def test_seconds_that_hold_compiling_are_refused() -> None:
@@ -93,6 +103,32 @@ def test_a_timeout_ends_what_the_process_started(tmp_path: Path) -> None:
     assert not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
+def test_a_harness_that_is_told_to_end_leaves_nothing_running(tmp_path: Path) -> None:
+    """SIGTERM ended the harness alone, and an engine stayed to load the machine for half an hour."""
+    words = ["--shape", "toy-4", "--engines", "transformers", "--workloads", "warm_start", "--out", str(tmp_path / "x")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "bench", *words], env={**os.environ, "TMPDIR": str(tmp_path)}, cwd=ROOT
+    ) as harness:
+
+        def workers() -> list[str]:
+            found = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+            return [entry.name for entry in found if str(tmp_path).encode() in command_line(entry)]
+
+        deadline = time.monotonic() + 60
+        while not any(name != str(harness.pid) for name in workers()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        harness.send_signal(signal.SIGTERM)
+        assert harness.wait(20) == 143
+        assert workers() == [] and not list(tmp_path.glob("onegraph-bench-*"))
+
+
+def command_line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:  # it has ended
+        return b""
+
+
 def test_failures_name_no_folders() -> None:
     told = without_paths("No such file: '/home/someone/models/config.json' (1/2 done)")
     assert told == "No such file: '…/config.json' (1/2 done)"
@@ -117,4 +153,73 @@ def test_a_tiny_run_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(found["seconds"]["median"] > 0 and not found["failed"] for found in engines.values()), engines
     assert all(found["dtype"] == ["bfloat16"] and found["threads"] == [1] for found in engines.values()), engines
     assert facts["environment"]["torch"] == torch.__version__
-    assert "onegraph-eager" in table(facts)
+    assert "onegraph-eager" in text_table(facts)
+
+
+def test_a_cold_start_that_was_measured_fills_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start of some engines takes minutes; one that is made anyway isn't made twice."""
+    ran: list[tuple[str, str, str]] = []
+
+    def run_once(engine: str, model: Path, workload: Workload, cache: Path, *more: Any) -> dict[str, Any]:
+        ran.append((engine, workload.name, cache.name))
+        return {"failed": "no"} if engine == "b" else {"seconds": 1.0, "tokens": 1}
+
+    monkeypatch.setattr("bench.__main__.run_once", run_once)
+    harness = Harness(tmp_path, tmp_path, repeats=1, timeout_s=1.0)
+    harness.measure(WORKLOADS["cold_start"], ["a", "b"])
+    harness.measure(WORKLOADS["warm_start"], ["a", "b"])
+    assert ran == [
+        ("a", "cold_start", "cold_start-a-0"),
+        ("b", "cold_start", "cold_start-b-0"),
+        ("a", "warm_start", "cold_start-a-0"),
+        ("b", "cold_start", "filled-b"),
+        ("b", "warm_start", "filled-b"),
+    ]
+
+
+def flags(**changed: Any) -> argparse.Namespace:
+    given = {
+        "workloads": "offline,server",
+        "engines": "onegraph,vllm",
+        "offline_requests": 5,
+        "concurrency": "2,4",
+        "rounds": 1,
+        "min_requests": 1,
+        "leave_out": "",
+        "vllm_python": None,
+    }
+    return argparse.Namespace(**{**given, **changed})
+
+
+def test_flags_choose_workloads_and_sizes() -> None:
+    offline, server = chosen_workloads(flags())
+    assert isinstance(offline, Workload) and offline.num_requests == 5
+    assert isinstance(server, ServerWorkload) and server.concurrency == (2, 4) and server.num_requests(4) == 4
+    assert chosen_to_leave_out(flags(leave_out="server:vllm,offline:vllm")) == {("server", "vllm"), ("offline", "vllm")}
+    with pytest.raises(ValueError, match="'servre'"):
+        chosen_to_leave_out(flags(leave_out="servre:vllm"))
+    with pytest.raises(ValueError, match="known: a"):
+        names("b", ["a"], "engine")
+
+
+def test_vllm_is_skipped_where_its_interpreter_is_not_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert chosen_engines(flags()) == ["onegraph"]
+    assert "skipped: vllm (no --vllm-python was given)" in capsys.readouterr().err
+    assert chosen_engines(flags(vllm_python=Path("python"))) == ["onegraph", "vllm"]
+
+
+def test_the_worker_runs_where_only_python_is() -> None:
+    """vLLM's interpreter has neither onegraph nor this environment."""
+    script = "import bench.worker, sys; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    asked = subprocess.run(
+        [sys.executable, "-S", "-c", script], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, check=True
+    )
+    assert not {"onegraph", "torch", "transformers"} & set(ast.literal_eval(asked.stdout))
+
+
+def test_each_token_of_a_model_has_a_text_of_its_own() -> None:
+    tokenizer = make_tokenizer(300)
+    texts = [tokenizer.decode([i]) for i in range(300)]
+    assert len(set(texts)) == 300 and all(texts) and not any("\ufffd" in text for text in texts)
+    ids = tokenizer.encode("def f(x):\n").ids
+    assert len(ids) == 10 and tokenizer.decode(ids) == "def f(x):\n"

@@ -2,6 +2,7 @@
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -161,7 +162,69 @@ def test_a_stream_never_shows_what_a_stop_string_takes_away():
     shown = []
     while engine.has_unfinished():
         shown += [output.outputs[0].text for output in engine.step()]
-    assert shown == [text[:2], text[:3], text[:3], text[:3]]
+    assert shown == [text[:2], text[2:3], "", ""]
+
+
+def test_a_stop_string_that_waits_in_the_detokenizer_does_not_show_at_the_end():
+    """The last token ends in half a character, so its text comes only when the length ends the sequence."""
+
+    class Halves(Letters):
+        def decode(self, ids: Any, **options: Any) -> str:
+            text = super().decode(ids, **options)
+            return text + "�" if len(ids) % 2 == 0 else text
+
+    tokens = expected_tokens([1, 2, 3], 2)
+    stop = letters(tokens[1])
+    assert stop not in letters(tokens[0])
+    for stream in (False, True):
+        engine, _ = make_engine(tokenizer=Halves())
+        engine.add_request("a", [1, 2, 3], greedy(2, stop=[stop]), stream=stream)
+        pieces = [output.outputs[0] for _ in range(2) for output in engine.step()]
+        assert "".join(piece.text for piece in pieces) == letters(tokens[0])
+        assert (pieces[-1].finish_reason, pieces[-1].stop_reason) == ("stop", stop)
+
+
+def test_the_outputs_of_a_stream_add_up_and_each_holds_only_what_is_new():
+    engine, _ = make_engine(budget=4)
+    params = greedy(12, n=3, logprobs=1, stop=["zz"])
+    for stream in (False, True):
+        engine.add_request(f"stream {stream}", [1, 2, 3, 4, 5, 6], params, stream=stream)
+    pieces: list[dict[int, Any]] = []
+    while engine.has_unfinished():
+        for output in engine.step():
+            if output.request_id == "stream True":
+                pieces.append({sample.index: sample for sample in output.outputs})
+            else:
+                whole = output
+    assert pieces and all(len(sample.token_ids) <= 1 for piece in pieces for sample in piece.values())
+    for sample in whole.outputs:
+        own = [piece[sample.index] for piece in pieces if sample.index in piece]
+        assert [i for one in own for i in one.token_ids] == list(sample.token_ids)
+        assert "".join(one.text for one in own) == sample.text
+        assert [entry for one in own for entry in one.logprobs] == sample.logprobs
+        assert [one.finish_reason for one in own if one.finish_reason] == [sample.finish_reason]
+
+
+def test_a_batch_that_fails_names_its_requests_and_an_idle_engine_rehearses():
+    engine, model = make_engine(max_num_seqs=1)
+    engine.rehearse()
+    assert sum(model.num_tokens) > 0 and engine.stats.num_generated_tokens == 0 and all_free(engine)
+
+    def fail(inputs: object) -> None:
+        raise RuntimeError("out of luck")
+
+    engine.add_request("a", [1, 2, 3], greedy(4), stream=True)
+    engine.add_request("b", [1, 2, 3], greedy(4))
+    with pytest.raises(ConfigError, match="running"):
+        engine.rehearse()
+    model.before_call = fail
+    result = engine.try_step()
+    assert isinstance(result.failure, RuntimeError)
+    assert [(o.request_id, o.finished, o.error) for o in result.outputs] == [
+        ("a", True, "the batch failed: RuntimeError")
+    ]
+    model.before_call = lambda inputs: None
+    assert list(drain(engine)["b"].outputs[0].token_ids) == expected_tokens([1, 2, 3], 4)
 
 
 def test_the_models_length_ends_a_text():

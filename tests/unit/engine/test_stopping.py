@@ -28,27 +28,22 @@ def test_piece_by_piece_equals_looking_at_all_prefixes(pieces: list[str], stops:
     for piece in pieces:
         text += piece
         expected = min(((text.find(s), s) for s in stops if s in text), default=None)
-        found = watch.find(text)
-        assert found == expected
-        if found is not None:
-            assert text[: found[0]].startswith(shown)
+        safe, found = watch.let_through(piece)
+        shown += safe
+        assert text.startswith(shown)
+        if expected is not None:
+            assert (len(shown), found) == expected
             return
-        safe = text[: len(text) - watch.num_held_back(text)]
-        assert safe.startswith(shown)
-        shown = safe
-    assert not any(text.endswith(s[:n]) for s in stops for n in range(1, len(s) + 1)) or len(shown) < len(text)
+        assert found is None
+        assert not any(shown.endswith(s[:n]) and text == shown for s in stops for n in range(1, len(s) + 1))
+    assert shown + watch.rest() == text
 
 
-def test_text_before_min_tokens_does_not_match():
-    watch = StopStrings(("ab",))
-    watch.ignore_until(1)
-    assert watch.find("ab") is None
-    assert watch.find("abab") == (2, "ab")
+def test_only_what_begins_a_stop_string_is_held_back():
+    def shown(text: str) -> str:
+        return StopStrings(("END", "\n\n")).let_through(text)[0]
 
-
-def test_only_a_suffix_that_begins_a_stop_string_is_held_back():
-    watch = StopStrings(("END", "\n\n"))
-    assert watch.num_held_back("text") == 0
-    assert watch.num_held_back("text E") == 1
-    assert watch.num_held_back("text EN") == 2
-    assert watch.num_held_back("text\n") == 1
+    assert shown("text") == "text"
+    assert shown("text E") == "text "
+    assert shown("text EN") == "text "
+    assert shown("text\n") == "text"

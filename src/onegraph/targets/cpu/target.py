@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.machinery
 import importlib.util
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from onegraph.counters import counters
 from onegraph.errors import CompileError
 from onegraph.ir.target import KernelSource
+from onegraph.targets.cpu import attention
 from onegraph.targets.cpu.library import MODULE, library_source
 from onegraph.torch_compat import toolchain
 
@@ -25,6 +27,7 @@ class CpuTarget:
     """Kernels are C++ for the native instruction set, with OpenMP over the number of threads at compile time."""
 
     name = "cpu"
+    dispatch_key = "CPU"
 
     def fingerprint(self) -> dict[str, Any]:
         """What the CPU can do, and the number of threads: both are baked into the code. Runs no compiler.
@@ -56,16 +59,36 @@ class CpuTarget:
         """One library of all kernels; no files for a piece without kernels. Raises CompileError."""
         if not kernels:
             return {}
-        text = library_source(kernels)
+        return self._build(library_source(kernels), "building the kernels of a piece")
+
+    def op_kernel_factors(self) -> dict[str, Any]:
+        """Source, flags with what torch derives more of them from, and the machine; not the number of threads."""
+        return {
+            "source": hashlib.sha256(attention.library_source().encode()).hexdigest(),
+            "flags": list(attention.FLAGS),
+            "torch": torch.__version__,
+            "inductor": toolchain.flag_settings(),
+            "cpu_flags": toolchain.cpu_flags(),
+        }
+
+    def build_op_kernels(self) -> dict[str, bytes]:
+        """The library of `attention.cpp`. Raises CompileError."""
+        return self._build(attention.library_source(), "building the attention kernel", attention.FLAGS)
+
+    def load_op_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Callable[..., Any]]:
+        """The ops of `targets/cpu/attention.py`."""
+        return attention.implementations(self.load_kernels(files))
+
+    def _build(self, text: str, where: str, flags: Sequence[str] = ()) -> dict[str, bytes]:
+        self.check_toolchain()
         with tempfile.TemporaryDirectory(prefix="onegraph-build-") as folder:
             source = Path(folder) / SOURCE
             source.write_text(text)
-            library = self._build(source, Path(folder))
+            command, library = toolchain.compile_command([str(source)], "kernels", Path(folder))
+            self._run([*command, *flags], folder, where)
             return {SOURCE: text.encode(), LIBRARY: library.read_bytes()}
 
-    def _build(self, source: Path, folder: Path) -> Path:
-        self.check_toolchain()
-        command, library = toolchain.compile_command([str(source)], "kernels", folder)
+    def _run(self, command: list[str], folder: str, where: str) -> None:
         counters.add("gxx_runs")
         try:
             result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
@@ -75,10 +98,9 @@ class CpuTarget:
             errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
             raise CompileError(
                 f"the C++ compiler failed with exit code {result.returncode}: " + " | ".join(errors[:3]),
-                where="building the kernels of a piece",
+                where=where,
                 hint="run `onegraph doctor`; -O.backend=aot_eager or --enforce-eager runs without it",
             )
-        return library
 
     def load_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Any]:
         """The library's functions by kernel name; an empty mapping where a piece has no kernels."""

@@ -1,0 +1,683 @@
+// Attention of a flat batch of requests over a paged KV cache, and the write into that cache.
+//
+// What `onegraph::paged_attention` and `onegraph::write_kv_cache` say in Python (ops/), for fp32 and bf16; arithmetic
+// and softmax are fp32. Scores carry a factor of log2(e), so that the softmax is one of powers of two, taken while the
+// keys pass by (online softmax: Milakov and Gimelshein, arXiv 1805.02867).
+//
+// The work is cut into items: some queries of a request, with some heads, over a range of keys. A query of its own
+// reads the keys of all heads where they lie (`attend_by_dots`), in the order of memory, which it waits for. More
+// queries, with the heads that share a key-value head, share tiles of keys and values, which are multiplied from
+// registers (`attend_by_tiles`). Long contexts of few rows are cut into ranges of keys whose results
+// are merged (flash-decoding). How a request is cut depends on its own lengths alone, so that its result doesn't
+// depend on its batch-mates or on the number of threads.
+//
+// Letters: T tokens, R requests, H query heads, K key-value heads, G = H / K, D head size, P is D rounded up to whole
+// vectors, N blocks, B block size, M most blocks of a request. A row is a query under one head.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#if defined(__SSE3__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace onegraph {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;                // floats of a vector
+constexpr int MAX_MULTIPLIED = 12;   // rows whose sums stay in registers, two vectors each
+#elif defined(__AVX2__)
+constexpr int W = 8;
+constexpr int MAX_MULTIPLIED = 6;
+#else
+constexpr int W = 4;
+constexpr int MAX_MULTIPLIED = 6;
+#endif
+constexpr int PANEL = 2 * W;         // keys that are multiplied at a time
+constexpr int TILE_KEYS = 64;        // keys that the rows of an item share while they are in the cache
+constexpr int TILE_ROWS = 192;       // rows of an item
+constexpr int DOT_KEYS = 32;
+constexpr int MAX_DOT_ROWS = 16;     // from here on, multiplying tiles is faster
+constexpr int64_t SPLIT_KEYS = 128;  // keys of an item where a request has one tile of queries
+constexpr int64_t SERIAL_WORK = 1 << 18;  // multiplications that take less time than starting threads
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+constexpr float LOG2_E = 1.44269504088896340736f;
+
+typedef float Floats __attribute__((vector_size(W * 4)));
+typedef float LooseFloats __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(W * 4)));
+typedef uint32_t Words __attribute__((vector_size(W * 4)));
+typedef uint16_t Halves __attribute__((vector_size(W * 2)));
+typedef uint16_t LooseHalves __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef float Four __attribute__((vector_size(16)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+static inline Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
+static inline void store(float* to, Floats value) { *reinterpret_cast<LooseFloats*>(to) = value; }
+static inline Floats load(const BFloat16* from) {
+  const Halves halves = *reinterpret_cast<const LooseHalves*>(from);
+  return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+}
+static inline float to_float(float value) { return value; }
+static inline float to_float(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+static inline void store_one(float* to, float value) { *to = value; }
+static inline void store_one(BFloat16* to, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  to->bits = value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+static inline void store(BFloat16* to, Floats value) {  // to the nearest, ties to even
+  const Words bits = reinterpret_cast<Words>(value);
+  Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words not_a_number = reinterpret_cast<Words>(value != value);
+  rounded = (rounded & ~not_a_number) | (not_a_number & 0x7fc0);
+  *reinterpret_cast<LooseHalves*>(to) = __builtin_convertvector(rounded, Halves);
+}
+
+template <typename T>
+static inline void widen(const T* from, float* to, int64_t size, int64_t padded) {
+  int64_t d = 0;
+  for (; d + W <= size; d += W) store(to + d, load(from + d));
+  for (; d < size; d++) to[d] = to_float(from[d]);
+  for (; d < padded; d++) to[d] = 0;
+}
+
+template <typename T>
+static inline void scale_into(T* to, const float* from, float factor, int64_t size) {
+  int64_t d = 0;
+  for (; d + W <= size; d += W) store(to + d, load(from + d) * factor);
+  for (; d < size; d++) store_one(to + d, from[d] * factor);
+}
+
+template <typename F>
+static inline Four fold(Floats value, F&& combine) {
+  Four parts[W / 4];
+  std::memcpy(parts, &value, sizeof(parts));
+  if constexpr (W == 16) {
+    return combine(combine(parts[0], parts[1]), combine(parts[2], parts[3]));
+  } else if constexpr (W == 8) {
+    return combine(parts[0], parts[1]);
+  } else {
+    return parts[0];
+  }
+}
+
+// The sums over each of four vectors.
+static inline Four sums(Floats a, Floats b, Floats c, Floats d) {
+  Four folded[4];
+  const Floats given[4] = {a, b, c, d};
+  for (int i = 0; i < 4; i++) folded[i] = fold(given[i], [](Four x, Four y) { return x + y; });
+#if defined(__SSE3__)
+  return _mm_hadd_ps(_mm_hadd_ps(folded[0], folded[1]), _mm_hadd_ps(folded[2], folded[3]));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return vpaddq_f32(vpaddq_f32(folded[0], folded[1]), vpaddq_f32(folded[2], folded[3]));
+#else
+  Four result;
+  for (int i = 0; i < 4; i++) result[i] = (folded[i][0] + folded[i][1]) + (folded[i][2] + folded[i][3]);
+  return result;
+#endif
+}
+
+// 2^x for x <= 0, within 2 units in the last place; NaN stays NaN, and what underflows is 0.
+static inline Floats exp2_below_one(Floats x) {
+  const Ints underflows = x < -126.0f;
+  x = underflows ? Floats{} - 126.0f : x;
+  const Floats shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, which stands in the last bits
+  const Floats fraction = x - (shifted - 12582912.0f);
+  Floats power = fraction * 0.000153458108f + 0.001339993121f;  // fitted to 2e-9 on [-1/2, 1/2]
+  power = power * fraction + 0.009618488962f;
+  power = power * fraction + 0.05550328777f;
+  power = power * fraction + 0.240226468906f;
+  power = power * fraction + 0.693147205737f;
+  power = power * fraction + 1.0f;
+  const Words exponent = (reinterpret_cast<Words>(shifted) << 23) + 0x3f800000u;
+  power *= reinterpret_cast<Floats>(exponent);
+  return underflows ? Floats{} : power;
+}
+
+// tanh by a rational function (the coefficients are Eigen's, within 3 units in the last place); NaN stays NaN.
+static inline Floats tanh(Floats x) {
+  constexpr float END = 7.90531110763549805f;  // from here on it is 1
+  x = x > END ? Floats{} + END : x;
+  x = x < -END ? Floats{} - END : x;
+  const Floats square = x * x;
+  Floats upper = square * -2.76076847742355e-16f + 2.00018790482477e-13f;
+  upper = upper * square - 8.60467152213735e-11f;
+  upper = upper * square + 5.12229709037114e-08f;
+  upper = upper * square + 1.48572235717979e-05f;
+  upper = upper * square + 6.37261928875436e-04f;
+  upper = upper * square + 4.89352455891786e-03f;
+  Floats lower = square * 1.19825839466702e-06f + 1.18534705686654e-04f;
+  lower = lower * square + 2.26843463243900e-03f;
+  lower = lower * square + 4.89352518554385e-03f;
+  return x * upper / lower;
+}
+
+struct Problem {
+  void* out;
+  const void *q, *k_cache, *v_cache;
+  const int32_t *tables, *starts, *lengths;
+  const void* sinks;  // of q's type, or null
+  int64_t T, H, D, N, B, K, R, M;
+  int64_t token_stride, head_stride;  // of q, in elements; those of its last dim are next to one another
+  int64_t table_stride;
+  float scale;
+  int64_t window;
+  float softcap;  // 0 where there is none
+  int64_t threads;
+
+  int64_t G() const { return H / K; }
+  int64_t P() const { return (D + W - 1) / W * W; }
+};
+
+struct Item {
+  int64_t request;
+  int64_t first_head, num_heads;    // of q; those of one key-value head, or all
+  int64_t first_token, num_queries;
+  int64_t first_position;           // of the first query in its context
+  int64_t begin, end;               // the keys' places in the context
+  int64_t part;                     // where its result stands in the parts, in floats; -1: it is the output
+  bool by_dots, has_sinks;
+
+  int64_t rows() const { return num_queries * num_heads; }
+};
+
+// Rows whose items' results are to be merged; the parts follow one another.
+struct Merge {
+  Item first;
+  int64_t num_parts;
+};
+
+// What a row has seen so far: `most` is the highest score, `total` the sum of 2^(score - most).
+struct State {
+  float *sums, *most, *total;  // [rows, P], [rows], [rows]
+  State(float* memory, int64_t rows, int64_t P) : sums(memory), most(memory + rows * P), total(most + rows) {}
+  static int64_t size(int64_t rows, int64_t P) { return rows * (P + 2); }
+};
+
+// Memory of a thread that is kept between calls.
+static float* scratch(int64_t floats) {
+  struct Freed {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  static thread_local std::unique_ptr<float, Freed> memory;
+  static thread_local int64_t held = 0;
+  if (floats > held) {
+    memory.reset();
+    held = 0;
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)));
+    if (!memory) throw std::bad_alloc();
+    held = floats;
+  }
+  return memory.get();
+}
+
+// Where the keys or values of the first head lie, for `count` places of a request's context.
+template <typename T>
+static inline void find_rows(
+    const Problem& p, const T* cache, int64_t request, int64_t place, int64_t count, const T** rows) {
+  const int32_t* table = p.tables + request * p.table_stride;
+  int64_t column = place / p.B, offset = place % p.B;
+  for (int64_t i = 0; i < count; column++, offset = 0) {
+    const T* row = cache + (table[column] * p.B + offset) * p.K * p.D;
+    for (const int64_t end = std::min(count, i + p.B - offset); i < end; i++, row += p.K * p.D) rows[i] = row;
+  }
+}
+
+// What stands `from` elements after each row as fp32 rows of P floats: in place, where it is that already.
+template <typename T>
+static inline void widen_rows(
+    const Problem& p, const T* const* rows, int64_t from, int64_t count, float* memory, const float** wide) {
+  const int64_t P = p.P();
+  for (int64_t i = 0; i < count; i++) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (P == p.D) {
+        wide[i] = rows[i] + from;
+        continue;
+      }
+    }
+    widen(rows[i] + from, memory + i * P, p.D, P);
+    wide[i] = memory + i * P;
+  }
+}
+
+// Turns a row's scores into weights and updates its state; gives the factor for the sums so far.
+// `cols` is a whole number of vectors; hidden scores are NOTHING.
+static inline float weigh(float* scores, int64_t cols, float& most, float& total) {
+  Floats highest = Floats{} + NOTHING;
+  for (int64_t i = 0; i < cols; i += W) {
+    const Floats some = load(scores + i);
+    highest = some > highest ? some : highest;
+  }
+  const Four folded = fold(highest, [](Four a, Four b) { return a > b ? a : b; });
+  float now = most;
+  for (int lane = 0; lane < 4; lane++) now = folded[lane] > now ? folded[lane] : now;
+  const float base = now == NOTHING ? 0 : now;
+  const float factor = most == now ? 1 : std::exp2(most - base);
+  Floats sum{};
+  for (int64_t i = 0; i < cols; i += W) {
+    const Floats weights = exp2_below_one(load(scores + i) - base);
+    store(scores + i, weights);
+    sum += weights;
+  }
+  const Four added = fold(sum, [](Four a, Four b) { return a + b; });
+  total = total * factor + ((added[0] + added[2]) + (added[1] + added[3]));
+  most = now;
+  return factor;
+}
+
+static inline void cap(const Problem& p, float* scores, int64_t cols) {
+  if (p.softcap == 0) return;
+  const float inside = 1 / (p.softcap * LOG2_E), outside = p.softcap * LOG2_E;
+  for (int64_t i = 0; i < cols; i += W) store(scores + i, tanh(load(scores + i) * inside) * outside);
+}
+
+// The queries of an item as fp32 rows, with the scale and log2(e), and the state before the first key.
+template <typename T>
+static void begin_rows(const Problem& p, const Item& item, float* queries, State state) {
+  const int64_t P = p.P();
+  const Floats factor = Floats{} + p.scale * LOG2_E;
+  for (int64_t row = 0; row < item.rows(); row++) {
+    const int64_t token = item.first_token + row / item.num_heads, head = item.first_head + row % item.num_heads;
+    float* query = queries + row * P;
+    widen(static_cast<const T*>(p.q) + token * p.token_stride + head * p.head_stride, query, p.D, P);
+    for (int64_t d = 0; d < P; d += W) store(query + d, load(query + d) * factor);
+    state.most[row] = item.has_sinks ? to_float(static_cast<const T*>(p.sinks)[head]) * LOG2_E : NOTHING;
+    state.total[row] = item.has_sinks ? 1 : 0;
+  }
+  std::memset(state.sums, 0, item.rows() * P * sizeof(float));
+}
+
+template <typename T>
+static void write_rows(const Problem& p, const Item& item, State state) {
+  for (int64_t row = 0; row < item.rows(); row++) {
+    const int64_t token = item.first_token + row / item.num_heads, head = item.first_head + row % item.num_heads;
+    T* to = static_cast<T*>(p.out) + (token * p.H + head) * p.D;
+    scale_into(to, state.sums + row * p.P(), state.total[row] == 0 ? 0 : 1 / state.total[row], p.D);
+  }
+}
+
+static inline void eight_scores(const float* query, const float* const* keys, int64_t P, float* scores) {
+  Floats sum[8] = {};
+  for (int64_t d = 0; d < P; d += W) {
+    const Floats some = load(query + d);
+    for (int i = 0; i < 8; i++) sum[i] += some * load(keys[i] + d);
+  }
+  const Four first = sums(sum[0], sum[1], sum[2], sum[3]), second = sums(sum[4], sum[5], sum[6], sum[7]);
+  std::memcpy(scores, &first, 16);
+  std::memcpy(scores + 4, &second, 16);
+}
+
+// Adds weighted values to a row's sums, for NV vectors from d on.
+template <int NV>
+static inline void add_values(float* to, float factor, const float* weights, const float* const* values, int64_t count, int64_t d) {
+  Floats sum[NV];
+  for (int j = 0; j < NV; j++) sum[j] = load(to + d + j * W) * factor;
+  for (int64_t i = 0; i < count; i++)
+    for (int j = 0; j < NV; j++) sum[j] += load(values[i] + d + j * W) * weights[i];
+  for (int j = 0; j < NV; j++) store(to + d + j * W, sum[j]);
+}
+
+template <typename T>
+static void attend_by_dots(const Problem& p, const Item& item, State state, const float* queries, float* memory) {
+  const int64_t G = p.G(), P = p.P();
+  const T *keys[DOT_KEYS], *values[DOT_KEYS];
+  const float* wide[DOT_KEYS];
+  float* scores = memory + DOT_KEYS * P;  // [G, DOT_KEYS]
+  float factors[MAX_DOT_ROWS];
+  for (int64_t place = item.begin; place < item.end; place += DOT_KEYS) {
+    const int64_t count = std::min<int64_t>(DOT_KEYS, item.end - place);
+    find_rows(p, static_cast<const T*>(p.k_cache), item.request, place, count, keys);
+    find_rows(p, static_cast<const T*>(p.v_cache), item.request, place, count, values);
+    const int64_t cols = (count + W - 1) / W * W;
+    for (int64_t kv_head = 0; kv_head < p.K; kv_head++) {
+      widen_rows(p, keys, kv_head * p.D, count, memory, wide);
+      for (int64_t i = count; i % 8; i++) wide[i] = wide[0];
+      for (int64_t g = 0; g < G; g++) {
+        const int64_t row = kv_head * G + g;
+        float* own = scores + g * DOT_KEYS;
+        for (int64_t i = 0; i < count; i += 8) eight_scores(queries + row * P, wide + i, P, own + i);
+        std::fill(own + (count + 7) / 8 * 8, own + cols, 0.0f);
+        cap(p, own, cols);
+        std::fill(own + count, own + cols, NOTHING);
+        factors[g] = weigh(own, cols, state.most[row], state.total[row]);
+      }
+      widen_rows(p, values, kv_head * p.D, count, memory, wide);
+      for (int64_t g = 0; g < G; g++) {
+        float *to = state.sums + (kv_head * G + g) * P, *own = scores + g * DOT_KEYS;
+        int64_t d = 0;
+        for (; d + 8 * W <= P; d += 8 * W) add_values<8>(to, factors[g], own, wide, count, d);
+        for (; d + 4 * W <= P; d += 4 * W) add_values<4>(to, factors[g], own, wide, count, d);
+        for (; d < P; d += W) add_values<1>(to, factors[g], own, wide, count, d);
+      }
+    }
+  }
+}
+
+// sum[r][j] += left[r, k] * right[k, j] over k, for ROWS rows and NV vectors.
+template <int ROWS, int NV>
+static inline void multiply(
+    const float* left, int64_t left_stride, const float* right, int64_t right_stride, int64_t count, Floats (&sum)[ROWS][NV]) {
+  for (int64_t k = 0; k < count; k++) {
+    Floats some[NV];
+    for (int j = 0; j < NV; j++) some[j] = load(right + k * right_stride + j * W);
+    for (int r = 0; r < ROWS; r++)
+      for (int j = 0; j < NV; j++) sum[r][j] += some[j] * left[r * left_stride + k];
+  }
+}
+
+template <int ROWS, int NV>
+static inline void multiply_values(
+    float* to, const float* factors, const float* weights, const float* values, int64_t count, int64_t P) {
+  Floats sum[ROWS][NV];
+  for (int r = 0; r < ROWS; r++)
+    for (int j = 0; j < NV; j++) sum[r][j] = load(to + r * P + j * W) * factors[r];
+  multiply<ROWS, NV>(weights, TILE_KEYS, values, P, count, sum);
+  for (int r = 0; r < ROWS; r++)
+    for (int j = 0; j < NV; j++) store(to + r * P + j * W, sum[r][j]);
+}
+
+// A tile of keys and values in the form that it is multiplied in: keys [panel, P, PANEL], values [count, P].
+struct Tile {
+  const float *keys, *values;
+  int64_t place, count;
+};
+
+// ROWS rows from `row` on against one tile.
+template <int ROWS>
+static void attend_tile(
+    const Problem& p, const Item& item, const Tile& tile, int64_t row, State state, const float* queries, float* scores) {
+  const int64_t G = p.G(), P = p.P();
+  const int64_t first = item.first_position + row / G, last = item.first_position + (row + ROWS - 1) / G;
+  const int64_t count = std::min(tile.count, last + 1 - tile.place);
+  if (count <= 0 || tile.place + count <= first - p.window + 1) return;
+  const int64_t panels = (count + PANEL - 1) / PANEL, cols = panels * PANEL;
+  for (int64_t panel = 0; panel < panels; panel++) {
+    Floats sum[ROWS][2] = {};
+    multiply<ROWS, 2>(queries + row * P, P, tile.keys + panel * P * PANEL, PANEL, p.D, sum);
+    for (int r = 0; r < ROWS; r++)
+      for (int j = 0; j < 2; j++) store(scores + r * TILE_KEYS + panel * PANEL + j * W, sum[r][j]);
+  }
+  float factors[ROWS];
+  for (int r = 0; r < ROWS; r++) {
+    const int64_t position = item.first_position + (row + r) / G;
+    const int64_t end = std::clamp<int64_t>(position + 1 - tile.place, 0, count);
+    const int64_t begin = std::clamp<int64_t>(position - p.window + 1 - tile.place, 0, end);
+    float* own = scores + r * TILE_KEYS;
+    cap(p, own, cols);
+    std::fill(own, own + begin, NOTHING);
+    std::fill(own + end, own + cols, NOTHING);
+    factors[r] = weigh(own, cols, state.most[row + r], state.total[row + r]);
+  }
+  float* to = state.sums + row * P;
+  int64_t d = 0;
+  for (; d + PANEL <= P; d += PANEL) multiply_values<ROWS, 2>(to + d, factors, scores, tile.values + d, count, P);
+  if (d < P) multiply_values<ROWS, 1>(to + d, factors, scores, tile.values + d, count, P);
+}
+
+template <int ROWS>
+static void attend_last_rows(
+    const Problem& p, const Item& item, const Tile& tile, int64_t row, int64_t rows, State state, const float* queries,
+    float* scores) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) return attend_tile<ROWS>(p, item, tile, row, state, queries, scores);
+    attend_last_rows<ROWS - 1>(p, item, tile, row, rows, state, queries, scores);
+  }
+}
+
+// Rows of P floats as panels of PANEL keys: panels[panel, d, key]. Columns beyond `count` are zero.
+static void pack_keys(const float* const* rows, int64_t count, int64_t P, float* panels) {
+  for (int64_t panel = 0; panel < count; panel += PANEL, panels += P * PANEL)
+    for (int64_t i = 0; i < PANEL; i++)
+      for (int64_t d = 0; d < P; d++) panels[d * PANEL + i] = panel + i < count ? rows[panel + i][d] : 0;
+}
+
+template <typename T>
+static void attend_by_tiles(const Problem& p, const Item& item, State state, const float* queries, float* memory) {
+  const int64_t P = p.P(), rows = item.rows(), from = item.first_head / p.G() * p.D;
+  const T* found[TILE_KEYS];
+  const float* wide[TILE_KEYS];
+  float *keys = memory, *values = keys + TILE_KEYS * P, *scores = values + TILE_KEYS * P;
+  for (int64_t place = item.begin; place < item.end; place += TILE_KEYS) {
+    const int64_t count = std::min<int64_t>(TILE_KEYS, item.end - place);
+    find_rows(p, static_cast<const T*>(p.k_cache), item.request, place, count, found);
+    widen_rows(p, found, from, count, values, wide);
+    pack_keys(wide, count, P, keys);
+    find_rows(p, static_cast<const T*>(p.v_cache), item.request, place, count, found);
+    for (int64_t i = 0; i < count; i++) widen(found[i] + from, values + i * P, p.D, P);
+    const Tile tile{keys, values, place, count};
+    int64_t row = 0;
+    for (; row + MAX_MULTIPLIED <= rows; row += MAX_MULTIPLIED)
+      attend_tile<MAX_MULTIPLIED>(p, item, tile, row, state, queries, scores);
+    attend_last_rows<MAX_MULTIPLIED - 1>(p, item, tile, row, rows - row, state, queries, scores);
+  }
+}
+
+template <typename T>
+static void run_item(const Problem& p, const Item& item, float* parts) {
+  const int64_t P = p.P(), rows = item.rows();
+  const int64_t tile = item.by_dots ? DOT_KEYS * (P + p.G()) : TILE_KEYS * (2 * P + MAX_MULTIPLIED);
+  float* queries = scratch(rows * P + State::size(rows, P) + tile);
+  float* own = queries + rows * P;
+  const State state(item.part < 0 ? own : parts + item.part, rows, P);
+  float* memory = own + (State::size(rows, P) + W - 1) / W * W;
+  begin_rows<T>(p, item, queries, state);
+  if (item.by_dots) {
+    attend_by_dots<T>(p, item, state, queries, memory);
+  } else {
+    attend_by_tiles<T>(p, item, state, queries, memory);
+  }
+  if (item.part < 0) write_rows<T>(p, item, state);
+}
+
+template <typename T>
+static void run_merge(const Problem& p, const Merge& merge, float* parts) {
+  const int64_t P = p.P(), rows = merge.first.rows(), size = State::size(rows, P);
+  const State merged(parts + merge.first.part, rows, P);
+  for (int64_t i = 1; i < merge.num_parts; i++) {
+    const State other(parts + merge.first.part + i * size, rows, P);
+    for (int64_t row = 0; row < rows; row++) {
+      const float most = std::max(merged.most[row], other.most[row]), base = most == NOTHING ? 0 : most;
+      const float ours = std::exp2(merged.most[row] - base), theirs = std::exp2(other.most[row] - base);
+      float *to = merged.sums + row * P, *from = other.sums + row * P;
+      for (int64_t d = 0; d < P; d += W) store(to + d, load(to + d) * ours + load(from + d) * theirs);
+      merged.total[row] = merged.total[row] * ours + other.total[row] * theirs;
+      merged.most[row] = most;
+    }
+  }
+  write_rows<T>(p, merge.first, merged);
+}
+
+struct Plan {
+  std::vector<Item> items;
+  std::vector<Merge> merges;
+  int64_t part_floats = 0, work = 0;
+};
+
+static void plan_request(const Problem& p, int64_t request, bool by_dots, Plan& plan) {
+  const int64_t first = p.starts[request], num_queries = p.starts[request + 1] - first, length = p.lengths[request];
+  const int64_t G = p.G(), P = p.P(), heads = by_dots ? p.H : G;
+  const int64_t step = std::max<int64_t>(1, TILE_ROWS / G), tiles = (num_queries + step - 1) / step;
+  for (int64_t tile = tiles - 1; tile >= 0; tile--) {  // the last one sees most keys, and so goes first
+    const int64_t queries = std::min(step, num_queries - tile * step);
+    const int64_t position = length - num_queries + tile * step;
+    const int64_t begin = std::max<int64_t>(0, position - p.window + 1), end = position + queries;
+    const int64_t keys = tiles > 1 ? end - begin : SPLIT_KEYS, pieces = (end - begin + keys - 1) / keys;
+    plan.work += queries * p.H * (end - begin) * P;
+    for (int64_t head = 0; head < p.H; head += heads) {
+      for (int64_t piece = 0; piece < pieces; piece++) {
+        const int64_t from = begin + piece * keys;
+        Item item{request, head, heads, first + tile * step, queries, position, from, std::min(end, from + keys)};
+        item.part = pieces > 1 ? plan.part_floats : -1;
+        item.by_dots = by_dots;
+        item.has_sinks = p.sinks != nullptr && piece == 0;
+        if (pieces > 1 && piece == 0) plan.merges.push_back({item, pieces});
+        if (pieces > 1) plan.part_floats += State::size(item.rows(), P);
+        plan.items.push_back(item);
+      }
+    }
+  }
+}
+
+// Refuses what would read or write elsewhere: the lengths, and the block tables where they are read.
+static void check_lengths(const Problem& p) {
+  for (int64_t r = 0; r < p.R; r++) {
+    const int64_t first = p.starts[r], last = p.starts[r + 1], length = p.lengths[r];
+    if (first < 0 || last < first || last > p.T) throw std::out_of_range("query_start_loc isn't within the queries");
+    if (first == last) continue;
+    if (length < last - first || length > p.M * p.B)
+      throw std::out_of_range("a context is shorter than its new tokens, or longer than its row of block_tables");
+    const int64_t oldest = std::max<int64_t>(0, length - (last - first) - p.window + 1);
+    for (int64_t column = oldest / p.B; column * p.B < length; column++) {
+      const int32_t block = p.tables[r * p.table_stride + column];
+      if (block < 0 || block >= p.N) throw std::out_of_range("block_tables names a block that isn't in the cache");
+    }
+  }
+}
+
+template <typename T>
+static void attend(const Problem& p, const Plan& plan, float* parts) {
+  const int64_t items = plan.items.size(), merges = plan.merges.size();
+  if (plan.work < SERIAL_WORK || items == 1 || p.threads == 1) {
+    for (const Item& item : plan.items) run_item<T>(p, item, parts);
+    for (const Merge& merge : plan.merges) run_merge<T>(p, merge, parts);
+    return;
+  }
+#pragma omp parallel num_threads(p.threads)
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < items; i++) run_item<T>(p, plan.items[i], parts);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < merges; i++) run_merge<T>(p, plan.merges[i], parts);
+  }
+}
+
+static void paged_attention(const Problem& p, bool is_bfloat16) {
+  check_lengths(p);
+  static thread_local Plan plan;
+  plan.items.clear();
+  plan.merges.clear();
+  plan.part_floats = plan.work = 0;
+  const auto by_dots = [&](int64_t r) { return p.starts[r + 1] - p.starts[r] == 1 && p.G() <= MAX_DOT_ROWS; };
+  for (int64_t r = 0; r < p.R; r++)
+    if (!by_dots(r)) plan_request(p, r, false, plan);  // larger items first
+  for (int64_t r = 0; r < p.R; r++)
+    if (by_dots(r)) plan_request(p, r, true, plan);
+  static thread_local std::vector<float> parts;
+  if (static_cast<int64_t>(parts.size()) < plan.part_floats) parts.resize(plan.part_floats);
+  const int64_t element = is_bfloat16 ? 2 : 4, row = p.H * p.D * element;
+  int64_t written = 0;  // rows up to here have an owner or are zero
+  const auto clear_until = [&](int64_t end) {
+    if (end > written) std::memset(static_cast<char*>(p.out) + written * row, 0, (end - written) * row);
+  };
+  for (int64_t r = 0; r < p.R; r++) {
+    clear_until(p.starts[r]);
+    written = std::max<int64_t>(written, p.starts[r + 1]);
+  }
+  clear_until(p.T);
+  if (is_bfloat16) {
+    attend<BFloat16>(p, plan, parts.data());
+  } else {
+    attend<float>(p, plan, parts.data());
+  }
+}
+
+struct Written {
+  const char* from;
+  char* cache;
+  int64_t token_stride, head_stride;  // bytes
+};
+
+// `head_bytes` are those of one head of one token. Rows whose slot is negative are left out.
+static void write_kv_cache(
+    const Written (&both)[2], const int64_t* slots, int64_t T, int64_t K, int64_t head_bytes, int64_t num_slots,
+    int64_t threads) {
+  for (int64_t t = 0; t < T; t++)
+    if (slots[t] >= num_slots) throw std::out_of_range("slot_mapping names a slot that isn't in the cache");
+#pragma omp parallel for num_threads(threads) if (threads > 1 && T * K * head_bytes > (1 << 20))
+  for (int64_t t = 0; t < T; t++) {
+    if (slots[t] < 0) continue;
+    for (const Written& one : both)
+      for (int64_t head = 0; head < K; head++)
+        std::memcpy(
+            one.cache + (slots[t] * K + head) * head_bytes,
+            one.from + t * one.token_stride + head * one.head_stride, head_bytes);
+  }
+}
+
+// Reads a Python call's arguments in their order.
+struct Arguments {
+  PyObject* const* next;
+  template <typename T>
+  T take() {
+    return argument<T>(*next++);
+  }
+  const void* take_optional() { return *next == &_Py_NoneStruct ? (next++, nullptr) : take<const void*>(); }
+};
+
+static PyObject* call_paged_attention(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return guarded(count, 24, [&] {
+    Arguments args{given};
+    Problem p;
+    p.out = args.take<void*>();
+    p.q = args.take<const void*>();
+    p.k_cache = args.take<const void*>();
+    p.v_cache = args.take<const void*>();
+    p.tables = args.take<const int32_t*>();
+    p.starts = args.take<const int32_t*>();
+    p.lengths = args.take<const int32_t*>();
+    p.sinks = args.take_optional();
+    for (int64_t* size : {&p.T, &p.H, &p.D, &p.N, &p.B, &p.K, &p.R, &p.M, &p.token_stride, &p.head_stride, &p.table_stride})
+      *size = args.take<int64_t>();
+    p.scale = args.take<float>();
+    p.window = args.take<int64_t>();
+    p.softcap = args.take<float>();
+    p.threads = args.take<int64_t>();
+    paged_attention(p, args.take<bool>());
+  });
+}
+
+static PyObject* call_write_kv_cache(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return guarded(count, 14, [&] {
+    Arguments args{given};
+    Written both[2];
+    for (Written& one : both) {
+      one.from = args.take<const char*>();
+      one.cache = args.take<char*>();
+      one.token_stride = args.take<int64_t>();
+      one.head_stride = args.take<int64_t>();
+    }
+    const int64_t* slots = args.take<const int64_t*>();
+    int64_t sizes[5];
+    for (int64_t& size : sizes) size = args.take<int64_t>();
+    const auto [T, K, head_bytes, num_slots, threads] = sizes;
+    write_kv_cache(both, slots, T, K, head_bytes, num_slots, threads);
+  });
+}
+
+}  // namespace onegraph
+
+static PyMethodDef methods[] = {
+    {"bind", onegraph::bind, METH_O, nullptr},
+    {"paged_attention", reinterpret_cast<PyCFunction>(onegraph::call_paged_attention), METH_FASTCALL, nullptr},
+    {"write_kv_cache", reinterpret_cast<PyCFunction>(onegraph::call_write_kv_cache), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "onegraph_kernels", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyMODINIT_FUNC PyInit_onegraph_kernels(void) { return PyModule_Create(&definition); }
