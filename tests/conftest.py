@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,3 +34,15 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "cache"
     monkeypatch.setenv("ONEGRAPH_CACHE_ROOT", str(root))
     return root
+
+
+@pytest.fixture(scope="session")
+def op_kernels(session_cache_root: Path) -> Any:
+    """The attention kernel, built before a test counts runs of the C++ compiler: it is put in once in a process."""
+    from onegraph.op_kernels import install_op_kernels
+    from onegraph.store.store import Store
+    from onegraph.targets import target_for
+
+    found = install_op_kernels(target_for("cpu"), Store(session_cache_root))
+    assert found.is_installed, found.why
+    return found

@@ -20,6 +20,8 @@ from onegraph.counters import counters
 from tests.architectures import ARCHITECTURES, make_model
 from tests.reference import MAX_TIES, expected, is_tie, load_reference
 
+pytestmark = pytest.mark.usefixtures("op_kernels")
+
 WAYS = ("eager", "compiled", "warm")
 PROMPT_LENGTHS = (1, 4, 13, 21, 40)
 MAX_TOKENS = 12

@@ -28,6 +28,8 @@ from onegraph.targets import device_rules
 from tests.architectures import make_model
 from tests.serve.live_server import Live, process
 
+pytestmark = pytest.mark.usefixtures("op_kernels")
+
 ACCEPTED: list[tuple[str, Any]] = [
     ("level", 0),
     ("level", 1),

@@ -1,4 +1,4 @@
-"""Paged attention and the cache write against a naive dense computation in fp64, over random batches."""
+"""The references of attention and the cache write against a naive dense computation in fp64, over random batches."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from onegraph.ops.attention import SCORES_AT_ONCE, paged_attention
+from onegraph.ops.kv_cache import write_kv_cache
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -93,8 +94,8 @@ def naive(
 
 
 def attend(batch: Batch, scale: float, window: int | None, softcap: float | None, sinks: Any) -> torch.Tensor:
-    torch.ops.onegraph.write_kv_cache(batch.k, batch.v, batch.k_cache, batch.v_cache, batch.slots)
-    out: torch.Tensor = torch.ops.onegraph.paged_attention(
+    write_kv_cache(batch.k, batch.v, batch.k_cache, batch.v_cache, batch.slots)
+    out: torch.Tensor = paged_attention(
         batch.q, batch.k_cache, batch.v_cache, batch.tables, batch.starts, batch.lengths, scale, window, softcap, sinks
     )
     return out
@@ -137,10 +138,10 @@ def test_a_prompt_whose_scores_do_not_fit_at_once(window: int | None) -> None:
     table = torch.randperm(tokens // block, generator=generator)[None].int() + 1
     places = torch.arange(tokens)
     slots = table[0].long()[places // block] * block + places % block
-    torch.ops.onegraph.write_kv_cache(k, v, *caches, slots)
+    write_kv_cache(k, v, *caches, slots)
     assert tokens * tokens * heads > SCORES_AT_ONCE
     starts, lengths = torch.tensor([0, tokens], dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
-    out = torch.ops.onegraph.paged_attention(q, *caches, table, starts, lengths, 0.5, window, None, None)
+    out = paged_attention(q, *caches, table, starts, lengths, 0.5, window, None, None)
     hidden = places[None] > places[:, None]
     if window is not None:
         hidden |= places[None] <= places[:, None] - window
@@ -162,9 +163,7 @@ def test_requests_without_new_tokens_and_strided_queries() -> None:
     starts = torch.cat([batch.starts[: middle + 1], batch.starts[middle:]])
     lengths = torch.cat([batch.lengths[:middle], torch.tensor([5], dtype=torch.int32), batch.lengths[middle:]])
     tables = torch.cat([batch.tables[:middle], torch.zeros_like(batch.tables[:1]), batch.tables[middle:]])
-    out = torch.ops.onegraph.paged_attention(
-        q, batch.k_cache, batch.v_cache, tables, starts, lengths, 0.5, None, None, None
-    )
+    out = paged_attention(q, batch.k_cache, batch.v_cache, tables, starts, lengths, 0.5, None, None, None)
     assert out.is_contiguous()
     assert torch.equal(out, wanted)
 
@@ -173,9 +172,7 @@ def test_a_batch_of_padding_alone_is_zero() -> None:
     batch = make_batch(8, torch.float32)
     starts, lengths = torch.zeros(3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     tables = torch.zeros(2, 1, dtype=torch.int32)
-    out = torch.ops.onegraph.paged_attention(
-        batch.q, batch.k_cache, batch.v_cache, tables, starts, lengths, 0.5, None, None, None
-    )
+    out = paged_attention(batch.q, batch.k_cache, batch.v_cache, tables, starts, lengths, 0.5, None, None, None)
     assert out.shape == batch.q.shape and not out.any()
 
 
@@ -184,7 +181,7 @@ def test_a_batch_of_padding_alone_is_zero() -> None:
 def test_nothing_beyond_a_context_reaches_a_request(seed: int, window: int | None) -> None:
     """Blocks that were freed by another request may hold NaN, and unused entries of a block table anything."""
     batch = make_batch(seed, torch.float32)
-    torch.ops.onegraph.write_kv_cache(batch.k, batch.v, batch.k_cache, batch.v_cache, batch.slots)
+    write_kv_cache(batch.k, batch.v, batch.k_cache, batch.v_cache, batch.slots)
     size = batch.k_cache.shape[1]
     own = {(int(batch.tables[r, p // size]), p % size) for r, n in enumerate(batch.lengths.tolist()) for p in range(n)}
     for cache in (batch.k_cache, batch.v_cache):
@@ -221,14 +218,14 @@ def test_one_long_context_does_not_make_the_others_longer() -> None:
 def test_a_padded_row_writes_nowhere() -> None:
     batch = make_batch(3, torch.float32)
     before = batch.k_cache.clone(), batch.v_cache.clone()
-    torch.ops.onegraph.write_kv_cache(batch.k, batch.v, batch.k_cache, batch.v_cache, torch.full_like(batch.slots, -1))
+    write_kv_cache(batch.k, batch.v, batch.k_cache, batch.v_cache, torch.full_like(batch.slots, -1))
     assert torch.equal(batch.k_cache, before[0]) and torch.equal(batch.v_cache, before[1])
 
 
 def test_only_the_slots_that_are_named_change() -> None:
     batch = make_batch(4, torch.float32)
     before = batch.k_cache.clone()
-    torch.ops.onegraph.write_kv_cache(batch.k, batch.v, batch.k_cache, batch.v_cache, batch.slots)
+    write_kv_cache(batch.k, batch.v, batch.k_cache, batch.v_cache, batch.slots)
     changed = (batch.k_cache != before).flatten(2).any(-1).flatten().nonzero().flatten()
     assert sorted(changed.tolist()) == sorted(s for s in batch.slots.tolist() if s >= 0)
 

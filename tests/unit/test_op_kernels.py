@@ -1,0 +1,46 @@
+"""Kernels of ops: found in a graph, and a model's explanation says so where they can't be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.export import Dim
+
+import onegraph
+import onegraph.ops
+from onegraph import op_kernels
+from onegraph.counters import counters
+from onegraph.errors import CompileError
+from onegraph.targets.cpu.target import CpuTarget
+
+
+class Writes(torch.nn.Module):
+    def forward(self, k: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        torch.ops.onegraph.write_kv_cache(k, k, cache, cache, slots)
+        return k + 1
+
+
+def test_a_graph_that_calls_an_op_is_told_from_one_that_does_not() -> None:
+    assert op_kernels.uses_own_ops(torch.fx.symbolic_trace(Writes()))
+    assert not op_kernels.uses_own_ops(torch.fx.symbolic_trace(torch.nn.ReLU()))
+
+
+def test_what_cannot_be_built_is_a_downgrade_that_explain_shows(
+    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: CpuTarget) -> dict[str, bytes]:
+        raise CompileError("there is no compiler today")
+
+    monkeypatch.setattr(op_kernels, "_installed", {})
+    monkeypatch.setattr(CpuTarget, "build_op_kernels", fail)
+    tokens = Dim("tokens", min=1, max=8)
+    arguments = torch.ones(3, 1, 4), torch.zeros(2, 4, 1, 4), torch.tensor([0, 1, 2])
+    with counters.expect(op_kernels_missing=1), torch.inference_mode():
+        for _ in range(2):
+            compiled = onegraph.compile(
+                Writes(), dynamic_shapes={"k": {0: tokens}, "slots": {0: tokens}}, config={"backend": "eager"}
+            )
+            assert torch.equal(compiled(*arguments), arguments[0] + 1)
+            assert any("there is no compiler today" in note for note in compiled.explain().notes)
