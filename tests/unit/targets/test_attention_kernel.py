@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import platform
 import random
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from onegraph.ops import attention, kv_cache
+from onegraph.targets.cpu import attention as kernel
+from onegraph.targets.cpu.target import LIBRARY, CpuTarget
+from onegraph.torch_compat import toolchain
 
 pytestmark = pytest.mark.usefixtures("op_kernels")
 
@@ -135,6 +141,19 @@ def test_bf16_is_as_near_to_fp64_as_the_reference(seed: int) -> None:
     wanted = exact(case)
     reference = (attention.paged_attention(*case.arguments()) - wanted).abs().max()
     assert (run(case) - wanted).abs().max() <= BF16_FACTOR * reference
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
+def test_vectors_of_four_floats_do_too(tmp_path: Path) -> None:
+    """What other CPUs run; a tail of fewer than eight keys once wrote far beyond the scores."""
+    source = tmp_path / "kernels.cpp"
+    source.write_text(kernel.library_source())
+    command, library = toolchain.compile_command([str(source)], "kernels", tmp_path)
+    subprocess.run([*command, *kernel.FLAGS, "-march=x86-64", "-mno-avx", "-mno-fma"], check=True, cwd=tmp_path)
+    attend = CpuTarget().load_op_kernels({LIBRARY: library})["paged_attention"]
+    for seed in range(10):
+        case = drawn(seed)
+        assert (attend(*case.arguments()) - exact(case)).abs().max() < FP32_TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -336,6 +336,7 @@ static inline void add_values(float* to, float factor, const float* weights, con
 
 template <typename T>
 static void attend_by_dots(const Problem& p, const Item& item, State state, const float* queries, float* memory) {
+  constexpr int64_t STEP = std::max(W, 8);  // whole vectors, and whole calls of eight_scores
   const int64_t G = p.G(), P = p.P();
   const T *keys[DOT_KEYS], *values[DOT_KEYS];
   const float* wide[DOT_KEYS];
@@ -345,7 +346,7 @@ static void attend_by_dots(const Problem& p, const Item& item, State state, cons
     const int64_t count = std::min<int64_t>(DOT_KEYS, item.end - place);
     find_rows(p, static_cast<const T*>(p.k_cache), item.request, place, count, keys);
     find_rows(p, static_cast<const T*>(p.v_cache), item.request, place, count, values);
-    const int64_t cols = (count + W - 1) / W * W;
+    const int64_t cols = (count + STEP - 1) / STEP * STEP;
     for (int64_t kv_head = 0; kv_head < p.K; kv_head++) {
       widen_rows(p, keys, kv_head * p.D, count, memory, wide);
       for (int64_t i = count; i % 8; i++) wide[i] = wide[0];
