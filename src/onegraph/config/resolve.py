@@ -7,11 +7,13 @@ and can't be honoured is a ConfigError; a default that can't be is lowered, with
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from onegraph.config.compilation import FIELDS, CompilationConfig, CompilationMode, CUDAGraphMode
+from onegraph.counters import counters
 from onegraph.env import Environment
 from onegraph.errors import ConfigError
 
@@ -125,10 +127,11 @@ def resolve(
     _refuse_contradictions(given, levels["mode"], enforce_eager)
     values = {name: Default(value) for name, value in ALWAYS.items()} | levels | given
     values["inductor_compile_config"] = _autotuned(values)
+    downgrades = _lower_defaults(values, given)
     return ResolvedConfig(
         **{name: values[name].value for name in FIELDS},
         why={name: values[name].why for name in FIELDS},
-        downgrades=(),
+        downgrades=downgrades,
     )
 
 
@@ -224,6 +227,16 @@ def _refuse_what_cant_be_done(given: Mapping[str, Default], rules: DeviceRules) 
             where="configuration",
             hint="leave it out, or give NONE",
         )
+
+
+def _lower_defaults(values: dict[str, Default], given: Mapping[str, Default]) -> tuple[str, ...]:
+    split = values["splitting_ops"]
+    if split.value == () or "splitting_ops" in given:
+        return ()
+    asked = json.dumps(list(split.value)).replace(" ", "")
+    values["splitting_ops"] = Default((), f"{split.why}, lowered: this version splits where that is asked for")
+    counters.add("downgrades")
+    return (f"the whole graph is one piece; -O.splitting_ops='{asked}' splits it at attention",)
 
 
 def _jsonable(value: Any) -> Any:
