@@ -19,6 +19,7 @@ from onegraph.errors import InputContractError
 from onegraph.ir.graph import CapturedGraph, GraphCallable, WeightInput
 from onegraph.ir.ledger import StateEntry
 from onegraph.torch_compat.overlap import overlapping, share_storage
+from onegraph.torch_compat.tensor_checks import KindCheck, tensor_facts
 from onegraph.torch_compat.torch_state import set_grad_enabled
 
 
@@ -43,8 +44,8 @@ def bind_weights(call: GraphCallable, captured: CapturedGraph, mutates_inputs: b
     """
     places = [(weight.holder, weight.key) for weight in captured.weights]
     known = [holder[key] for holder, key in places]
-    facts = [_facts(tensor) for tensor in known]
-    dtypes = [_dtype(tensor) for tensor in known]
+    same_kinds = KindCheck(known)
+    facts = same_kinds.facts
     fakes = captured.fake_inputs[len(places) :]
     tensors = [index for index, fake in enumerate(fakes) if isinstance(fake, torch.Tensor)] if mutates_inputs else []
     names = [captured.input_names[index] for index in tensors] + [weight.name for weight in captured.weights]
@@ -56,11 +57,14 @@ def bind_weights(call: GraphCallable, captured: CapturedGraph, mutates_inputs: b
 
     def run(*inputs: Any) -> Any:
         nonlocal known, by_storage
-        weights = [holder[key] for holder, key in places]
+        try:
+            weights = [holder[key] for holder, key in places]
+        except (KeyError, ValueError):  # deleted, from a dict or a closure
+            weights = _standing(places)
         if any(map(is_not, weights, known)):
             _check_replaced(captured.weights, weights, facts)
             known, by_storage = weights, _by_storage(weights) if tensors else by_storage
-        elif list(map(_dtype, weights)) != dtypes:  # module.to(dtype) keeps the Parameter and changes its data
+        elif not same_kinds(weights):  # module.to(dtype) and .data = keep the Parameter
             _check_replaced(captured.weights, weights, facts)
         if tensors:
             _refuse_overlap(names, [inputs[index] for index in tensors], weights, by_storage)
@@ -73,13 +77,13 @@ def bind_weights(call: GraphCallable, captured: CapturedGraph, mutates_inputs: b
         return call(*weights, *inputs)
 
     def fit() -> bool:
-        weights = [holder[key] for holder, key in places]
-        if any(map(is_not, weights, known)) or list(map(_dtype, weights)) != dtypes:
+        weights = _standing(places)
+        if any(map(is_not, weights, known)):
             return list(map(_facts, weights)) == facts
-        return True
+        return same_kinds(weights)
 
     def changes() -> tuple[tuple[StateEntry, str], ...]:
-        now = [_facts(holder[key]) for holder, key in places]
+        now = list(map(_facts, _standing(places)))
         return tuple(
             (StateEntry(weight.name, str(then)), str(facts_now))
             for weight, then, facts_now in zip(captured.weights, facts, now, strict=True)
@@ -89,8 +93,19 @@ def bind_weights(call: GraphCallable, captured: CapturedGraph, mutates_inputs: b
     return BoundWeights(run, fit, changes)
 
 
-def _dtype(tensor: Any) -> Any:
-    return getattr(tensor, "dtype", None)  # a weight may have been replaced by None
+class _Gone:
+    """Stands for a weight that was deleted."""
+
+
+def _standing(places: Sequence[tuple[Any, Any]]) -> list[Any]:
+    """The weights at their places now, `_Gone()` for one that isn't there."""
+    found: list[Any] = []
+    for holder, key in places:
+        try:
+            found.append(holder[key])
+        except (KeyError, ValueError):
+            found.append(_Gone())
+    return found
 
 
 def _by_storage(weights: Sequence[Any]) -> dict[int, list[int]]:
@@ -124,14 +139,7 @@ def _refuse_overlap(
 
 
 def _facts(tensor: Any) -> tuple[Any, ...]:
-    if not isinstance(tensor, torch.Tensor):
-        return (type(tensor),)
-    return (
-        tensor.dtype,
-        tensor.device,
-        tensor.shape,
-        tensor.stride() if tensor.layout == torch.strided else None,
-    )
+    return ("nothing",) if isinstance(tensor, _Gone) else tensor_facts(tensor)
 
 
 def _check_replaced(weights: tuple[WeightInput, ...], tensors: list[Any], facts: list[tuple[Any, ...]]) -> None:

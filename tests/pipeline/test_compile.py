@@ -393,6 +393,180 @@ def test_methods_hooks_and_tied_weights() -> None:
     torch.testing.assert_close(method(x), module[0](x).detach())
 
 
+class AddOne(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return x + 1 if y is None else x + y
+
+
+HOOKS: dict[str, Callable[[nn.Module], object]] = {
+    "pre-hook that takes all": lambda m: m.register_forward_pre_hook(lambda m, args: tuple(a * 2 for a in args)),
+    "pre-hook that takes the first": lambda m: m.register_forward_pre_hook(lambda m, args: (args[0] * 2, *args[1:])),
+    "hook that counts": lambda m: m.register_forward_hook(lambda m, args, out: out * len(args)),
+    "pre-hook with keywords": lambda m: m.register_forward_pre_hook(
+        lambda m, args, kwargs: (args, {name: value * 3 for name, value in kwargs.items()}), with_kwargs=True
+    ),
+    "hook with keywords": lambda m: m.register_forward_hook(
+        lambda m, args, kwargs, out: out * (len(args) + 3 * len(kwargs)), with_kwargs=True
+    ),
+}
+CALLS: dict[str, Callable[[Callable[..., torch.Tensor], torch.Tensor], torch.Tensor]] = {
+    "one": lambda f, x: f(x),
+    "two": lambda f, x: f(x, x * 2),
+    "one by name": lambda f, x: f(x, y=x * 2),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_see_the_arguments_as_they_were_given(hook: str, call: str) -> None:
+    module = AddOne()
+    HOOKS[hook](module)
+    compiled = onegraph.compile(module, dynamic_shapes={"x": {0: NUM_TOKENS}}, config={"backend": "eager"})
+    if call != "one":
+        compiled = onegraph.compile(
+            module, dynamic_shapes={"x": {0: NUM_TOKENS}, "y": {0: NUM_TOKENS}}, config={"backend": "eager"}
+        )
+    for size in (3, 5):
+        x = torch.randn(size, 4)
+        assert torch.equal(CALLS[call](compiled, x), CALLS[call](module, x))
+
+
+def test_other_arguments_by_name_than_the_hooks_saw_are_refused() -> None:
+    module = AddOne()
+    module.register_forward_hook(lambda m, args, out: out * len(args))
+    compiled = onegraph.compile(module, dynamic_shapes={"x": {0: NUM_TOKENS}}, config={"backend": "eager"})
+    compiled(torch.ones(3, 4))
+    with pytest.raises(InputContractError, match="the positional arguments broke the input contract: its length"):
+        compiled(x=torch.ones(3, 4))
+
+
+def tagged() -> torch.Tensor:
+    x = torch.ones(3, 4)
+    x.tag = 1  # type: ignore[attr-defined]
+    return x
+
+
+def with_grad() -> torch.Tensor:
+    x = torch.ones(3, 4)
+    x.grad = torch.ones(3, 4)
+    return x
+
+
+def product() -> torch.Tensor:
+    with torch.enable_grad():
+        return torch.ones(3, 4, requires_grad=True) * 1
+
+
+TENSOR_QUESTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[], torch.Tensor]]] = {
+    "isinstance Parameter": (lambda x: isinstance(x, nn.Parameter), lambda: nn.Parameter(torch.ones(3, 4))),
+    "type": (lambda x: type(x) is not torch.Tensor, lambda: nn.Parameter(torch.ones(3, 4))),
+    "__class__": (lambda x: x.__class__ is not torch.Tensor, lambda: nn.Parameter(torch.ones(3, 4))),
+    "requires_grad": (lambda x: x.requires_grad, lambda: torch.ones(3, 4, requires_grad=True)),
+    "is_leaf": (lambda x: not x.is_leaf, product),
+    "grad_fn": (lambda x: x.grad_fn is not None, product),
+    "grad": (lambda x: x.grad is not None, with_grad),
+    "hasattr": (lambda x: hasattr(x, "tag"), tagged),
+}
+
+
+@pytest.mark.parametrize("case", TENSOR_QUESTIONS)
+def test_what_a_trace_asks_of_a_tensor_belongs_to_the_input_contract(case: str) -> None:
+    ask, make_other = TENSOR_QUESTIONS[case]
+    plain, other = torch.ones(3, 4), make_other()
+    with torch.no_grad():
+        compiled = onegraph.compile(lambda x: x * 2 if ask(x) else x * 3, config={"backend": "eager"})
+        assert torch.equal(compiled(plain), plain * 3)
+        assert torch.equal(compiled(plain), plain * 3)
+        with pytest.raises(InputContractError, match=r"^\[OG-INPUT\] x.* when the module was captured"):
+            compiled(other)
+        with pytest.raises(CaptureError, match="the module asks about x"):
+            onegraph.compile(lambda x: x * 2 if ask(x) else x * 3, config={"backend": "eager"})(other)
+
+
+@dataclass
+class Ids:
+    ids: torch.Tensor
+    factor = 2.0
+
+    def __post_init__(self) -> None:
+        self.extra = 2.0
+
+    def scaled(self) -> torch.Tensor:
+        return self.ids * 3
+
+
+class IdsAndSize(namedtuple("IdsAndSize", ["ids", "size"])):
+    factor = 2.0
+
+
+def test_an_attribute_that_is_no_field_belongs_to_the_input_contract() -> None:
+    x = torch.ones(3, 4)
+    batch = Ids(x)
+    batch.extra = 5.0
+    compiled = onegraph.compile(lambda x, b: x * b.extra + b.ids, config={"backend": "eager"})
+    assert torch.equal(compiled(x, Ids(x)), x * 3)
+    with pytest.raises(InputContractError, match=r"b\.extra .* it was 2.0 .* and now is 5.0"):
+        compiled(x, batch)
+    del batch.extra
+    with pytest.raises(InputContractError, match=r"b\.extra .* it was 2.0 .* and now"):
+        compiled(x, batch)
+
+
+def test_an_attribute_that_was_absent_belongs_to_the_input_contract() -> None:
+    x, batch = torch.ones(3, 4), Ids(torch.ones(3, 4))
+    compiled = onegraph.compile(lambda x, b: x * 2 if hasattr(b, "late") else x * 3, config={"backend": "eager"})
+    assert torch.equal(compiled(x, batch), x * 3)
+    batch.late = 1  # type: ignore[attr-defined]
+    with pytest.raises(InputContractError, match="without late .* and now is with late"):
+        compiled(x, batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "changed"),
+    [(Ids, "factor", 7.0), (Ids, "scaled", lambda self: self.ids * 100), (IdsAndSize, "factor", 7.0)],
+)
+def test_a_changed_class_of_an_argument_is_captured_once_more(
+    kind: Any, name: str, changed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model(x: torch.Tensor, b: Any) -> Any:
+        return x * getattr(b, name)() if name == "scaled" else x * getattr(b, name)
+
+    x = torch.ones(3, 4)
+    batch = Ids(x) if kind is Ids else IdsAndSize(x, 1)
+    compiled = onegraph.compile(model, config={"backend": "eager"})
+    assert torch.equal(compiled(x, batch), model(x, batch))
+    monkeypatch.setattr(kind, name, changed)
+    with counters.expect(recaptures=1):
+        assert torch.equal(compiled(x, batch), model(x, batch))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: torch.nested.nested_tensor([x[0], x[0], x[0]]),
+        lambda x: x.to_sparse(),
+        lambda x: x.to_sparse_csr(),
+    ],
+    ids=["nested", "sparse", "sparse csr"],
+)
+@pytest.mark.parametrize("dynamic_shapes", [None, X], ids=["static", "dynamic"])
+def test_a_tensor_of_another_layout_is_refused(other: Any, dynamic_shapes: Any) -> None:
+    """C++ ended the process at the nested one, which has neither sizes nor strides."""
+    compiled = onegraph.compile(lambda x: x * 2, dynamic_shapes=dynamic_shapes, config={"backend": "eager"})
+    x = torch.ones(3, 4)
+    compiled(x)
+    with pytest.raises(InputContractError, match="its layout was torch.strided"):
+        compiled(other(x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_refused_at_capture() -> None:
+    with pytest.raises(CaptureError, match="x is a nested tensor"):
+        onegraph.compile(lambda x: x * 2)(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+
+
 def test_a_tensor_given_twice_stays_one() -> None:
     def model(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         a.add_(1)
@@ -649,6 +823,49 @@ def test_a_module_moved_to_another_dtype_is_captured_once_more() -> None:
     module.to(torch.bfloat16)
     x = torch.randn(2, 8, dtype=torch.bfloat16)
     torch.testing.assert_close(compiled(x), module(x))
+
+
+RESIZED = torch.ones(4)
+KEPT_KIND = nn.Linear(4, 4, bias=False)
+CHANGED_IN_PLACE: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[], object]]] = {
+    "data of another shape": (
+        lambda x: x * KEPT_KIND.weight.shape[0] + KEPT_KIND.weight.sum(),
+        lambda: setattr(KEPT_KIND.weight, "data", torch.ones(8, 4)),
+    ),
+    "data of another layout": (
+        lambda x: x * KEPT_KIND.weight.stride(0) + KEPT_KIND.weight.sum(),
+        lambda: setattr(KEPT_KIND.weight, "data", torch.ones(4, 4).t()[:, 1:]),
+    ),
+    "shape alone": (
+        lambda x: x * KEPT_KIND.weight.shape[0],
+        lambda: setattr(KEPT_KIND.weight, "data", torch.ones(6, 4)),
+    ),
+    "resized global": (lambda x: x.sum() + torch.zeros(RESIZED.shape[0]), lambda: RESIZED.resize_(6)),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED_IN_PLACE)
+def test_a_weight_that_is_changed_to_another_kind_in_place_is_captured_once_more(case: str) -> None:
+    model, change = CHANGED_IN_PLACE[case]
+    KEPT_KIND.weight.data = torch.ones(4, 4)
+    compiled = onegraph.compile(model, dynamic_shapes=X, config={"backend": "eager"})
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+        change()
+        with counters.expect(recaptures=1):
+            assert torch.equal(compiled(x), model(x))
+        with counters.expect(recaptures=0):
+            compiled(x)
+
+
+def test_a_weight_that_is_changed_to_another_shape_in_place_is_refused_where_state_is_frozen() -> None:
+    module = nn.Linear(4, 4, bias=False)
+    compiled = onegraph.compile(module, config={"backend": "eager", "freeze": True})
+    compiled(torch.ones(3, 4))
+    module.weight.data = torch.zeros(8, 4)
+    with pytest.raises(InputContractError, match="weight was replaced"):
+        compiled(torch.ones(3, 4))
 
 
 GLOBAL_LINEAR = nn.Linear(4, 4, bias=False)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from onegraph.capture.argument_facts import argument_reads
 from onegraph.capture.cache_writes import declare_cache_writes
 from onegraph.capture.constraints import judge, judge_region, refuse_narrowing
 from onegraph.capture.contract import input_contract
@@ -21,6 +22,7 @@ from onegraph.capture.dropout import settle_dropout
 from onegraph.capture.failures import capture_error, refuse_host_reads
 from onegraph.capture.inputs import CallInputs, read_call
 from onegraph.capture.regions import UNBACKED, Sizing
+from onegraph.capture.roots import scope_of
 from onegraph.capture.runtime_asserts import drop_judged_asserts
 from onegraph.capture.state import reads_grad_mode, state_reads
 from onegraph.capture.weights import lift_weights
@@ -56,13 +58,7 @@ def capture(
     function, owner = traced_function(module)
     hooked = isinstance(module, torch.nn.Module) and function is not getattr(module.forward, "__func__", None)
     signature = inspect.signature(module.forward) if hooked else _signature_without_self(function, owner)
-    if hooked and any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in signature.parameters.values()):
-        raise CaptureError(
-            f"{type(module).__name__} has hooks, and a forward whose arguments can't all be given by name",
-            where=f"forward{signature}",
-            hint="remove the hooks, or compile module.forward, which runs without them",
-        )
-    inputs = read_call(signature, args, kwargs, dynamic_shapes, max_size, by_keyword=hooked, sizing=sizing)
+    inputs = read_call(signature, args, kwargs, dynamic_shapes, max_size, hooked=hooked, sizing=sizing)
     counters.add("dynamo_compiles")
     trace = functools.partial(dynamo.capture, size_oblivious=sizing.mode == "backed_size_oblivious")
     try:
@@ -153,7 +149,9 @@ def _captured_graph(
     drop_judged_asserts(graph_module, symbols)
     _refuse_hidden_tensors(inputs, fakes)
     compared = [(pair.left, pair.right) for pair in raw.identities.compared]
-    contract = input_contract(inputs, fakes, symbols, required_alignment, compared)
+    scope = scope_of(function, owner, inputs, raw.globals_read)
+    reads = argument_reads(raw.guards, raw.asked, inputs, scope)
+    contract = input_contract(inputs, fakes, symbols, required_alignment, compared, reads)
     state = state_reads(
         raw.guards,
         function=function,

@@ -22,7 +22,7 @@ from onegraph.capture.regions import PREDICATE_FUNCTIONS, predicate_code
 from onegraph.capture.state_check import differs
 from onegraph.errors import CaptureError, ConfigError, ConstraintError, InputContractError
 from onegraph.ir.dims import DynamicDim
-from onegraph.ir.ledger import InputEntry
+from onegraph.ir.ledger import InputEntry, StateRead
 from onegraph.torch_compat import shapes
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -31,7 +31,7 @@ _COMPARED = (enum.Enum, torch.Size, slice, range, frozenset, torch.layout, torch
 
 _GENERATED_NAMES = re.compile(
     r"_[cnsx]\d+|_call\d+|_break|_differs|_outside|_uncovered|_grad_enabled|_no_gradients|_autocast_enabled"
-    r"|_autocast_dtype|_Tensor|_Parameter|_type|_list|_len|_isinstance|_id|_kept"
+    r"|_autocast_dtype|_Tensor|_Parameter|_type|_list|_len|_isinstance|_id|_kept|_now|_bad|_changed|_[kv][0-9a-f]{6,}"
 )
 _FAST = """    try: _kept = {}
     except Exception: _kept = False
@@ -77,9 +77,10 @@ def input_contract(
     symbols: Mapping[str, str],
     required_alignment: Callable[[int], int],
     compared: Iterable[tuple[str, str]] = (),
+    reads: Iterable[StateRead] = (),
 ) -> Contract:
     """Builds the contract. `fakes` are the graph's symbolic values by Dynamo's source name, `compared` the sources
-    of different tensors that the trace compared by identity.
+    of different tensors that the trace compared by identity, `reads` what else it read of the arguments.
 
     Raises CaptureError for an input whose strides follow a size in a way that can't be told in its dims, and for an
     argument whose name the generated checks use.
@@ -118,6 +119,8 @@ def input_contract(
         if one is not None and other is not None:
             expected = f"another than {other.path}"
             code.check(f"{one.code} is {other.code}", one.code, one.path, "tensor", expected, shared=True)
+    for read in reads:
+        _check_read(code, read)
     parameters, call = _signature_code(inputs, code)
     fast = fast_path(inputs, code.constant, code.shared, code.sizes, required_alignment)
     sizes = [code.sizes.get(dim.name) for dim in inputs.dims]
@@ -136,6 +139,7 @@ def input_contract(
             **PREDICATE_FUNCTIONS,
             "_uncovered": functools.partial(_uncovered, inputs.dims),
             "_break": _break,
+            "_changed": _changed,
             "_differs": differs,
             "_outside": _outside,
             "_grad_enabled": torch.is_grad_enabled,
@@ -151,6 +155,19 @@ def input_contract(
         return entry
 
     return Contract(tuple(code.entries), bind)
+
+
+def _check_read(code: _Code, read: StateRead) -> None:
+    """What an expression over the arguments gives; one that raises gives something else."""
+    entry = InputEntry(read.entry.what, "answer", read.entry.value)
+    code.entries.append(entry)
+    code.names.update(read.names)
+    code.shared.append(read.condition.replace("{x}", read.expression))
+    code.lines += [
+        f"    try: _now = {read.expression}; _bad = {read.condition.replace('{x}', '_now')}",
+        "    except Exception: _now, _bad = None, True",
+        f"    if _bad: _changed({code.constant(entry)}, {code.constant(read.describe)}, _now)",
+    ]
 
 
 def _check_containers(code: _Code, containers: Sequence[Container]) -> None:
@@ -236,6 +253,8 @@ def _check_tensor(
         code.check(f"({at}.is_neg(), {at}.is_conj()) != {lazy}", at, path, "negative and conjugate bits", lazy)
     else:
         code.check(f"_type({at}) is not {code.constant(type(value))}", at, path, "type", type(value).__name__)
+    layout = f"{at}.layout is not {code.constant(value.layout)} or {at}.is_nested is not {value.is_nested}"
+    code.check(layout, at, path, "layout", value.layout)
     code.check(f"{at}.dtype is not {code.constant(value.dtype)}", at, path, "dtype", value.dtype)
     code.check(f"{at}.device != {code.constant(value.device)}", at, path, "device", value.device)
     code.check(f"{at}.dim() != {value.dim()}", at, path, "rank", value.dim())
@@ -316,8 +335,7 @@ def _signature_code(inputs: CallInputs, code: _Code) -> tuple[str, str]:
             arguments.append(f"**{name}")
         else:
             parameters.append(f"{name}{default}")
-            by_name = inputs.by_keyword or parameter.kind is parameter.KEYWORD_ONLY
-            arguments.append(f"{name}={name}" if by_name else name)
+            arguments.append(f"{name}={name}" if parameter.kind is parameter.KEYWORD_ONLY else name)
         if parameter.kind is parameter.POSITIONAL_ONLY and kinds[index + 1 : index + 2] != [parameter.POSITIONAL_ONLY]:
             parameters.append("/")
     return ", ".join(parameters), ", ".join(arguments)
@@ -328,10 +346,24 @@ def _break(entry: InputEntry, value: Any) -> None:
         _refuse(entry, f"it was {entry.value} when the module was captured, and now it isn't")
     actual: Any = value
     if isinstance(value, torch.Tensor):
-        actual = f"a tensor {value.dtype} {tuple(value.shape)} with strides {value.stride()} on {value.device}"
+        plain = value.layout == torch.strided and not value.is_nested
+        kind = f"{tuple(value.shape)} with strides {value.stride()}" if plain else f"of layout {value.layout}"
+        actual = f"a {'nested ' if value.is_nested else ''}tensor {value.dtype} {kind} on {value.device}"
+    elif entry.fact == "length":
+        actual = f"one of length {len(value)}"
+    elif entry.fact == "keys":
+        actual = tuple(value)
     elif entry.fact in ("type", "value"):
         actual = f"{type(value).__name__} {value!r:.80}"
     _refuse(entry, f"its {entry.fact} was {entry.value} when the module was captured, and now it is given {actual}")
+
+
+def _changed(entry: InputEntry, describe: Callable[[Any], str], now: Any) -> None:
+    try:
+        shown = describe(now)
+    except Exception:  # noqa: BLE001 - of what the user's object gives now
+        shown = "gone"
+    _refuse(entry, f"it was {entry.value} when the module was captured, and now is {shown}")
 
 
 def _refuse(entry: InputEntry, why: str) -> NoReturn:

@@ -9,7 +9,7 @@ import torch
 
 from onegraph.capture.inputs import CallInputs, Container, Leaf
 from onegraph.ir.dims import DynamicDim
-from onegraph.torch_compat.tensor_checks import tensor_check
+from onegraph.torch_compat.tensor_checks import dispatch_state, tensor_check
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _KEPT_CHECKS = 4096
@@ -48,6 +48,8 @@ def fast_path(
             conditions += _container_conditions(constant, container, local)
     tensors = {id(leaf.value): leaf for leaf in reversed(leaves)}  # the first place of each
     firsts = [leaf for leaf in leaves if tensors[id(leaf.value)] is leaf]
+    for leaf in firsts:  # C++ ends the process for a nested tensor
+        conditions.append(f"not {local.assigned(leaf.code)}.is_nested")
     sizes = _sizes(leaves, size_names, local)
     check = constant(_CheckBySizes(firsts, tuple(sizes), inputs.dims))
     tensors_given = ", ".join(local.assigned(leaf.code) for leaf in firsts)
@@ -114,6 +116,7 @@ class _CheckBySizes(dict[Any, Callable[..., bool]]):
             for leaf in leaves
         ]
         self.examples = [_stand_in(leaf.value) for leaf in leaves]
+        self.state = dispatch_state()  # of the captured call; a check is made in a later one, under autocast perhaps
 
     def __missing__(self, sizes: int | tuple[int, ...]) -> Callable[..., bool]:
         given = sizes if isinstance(sizes, tuple) else (sizes,)
@@ -123,7 +126,8 @@ class _CheckBySizes(dict[Any, Callable[..., bool]]):
         shapes = [[by_name[size] if isinstance(size, str) else size for size in shape] for shape in self.shapes]
         if len(self) >= _KEPT_CHECKS:
             self.clear()
-        check = self[sizes] = tensor_check(self.examples, shapes, [_contiguous_strides(shape) for shape in shapes])
+        strides = [_contiguous_strides(shape) for shape in shapes]
+        check = self[sizes] = tensor_check(self.examples, shapes, strides, self.state)
         return check
 
 

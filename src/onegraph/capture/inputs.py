@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch.export import Dim
 
 from onegraph.capture.regions import UNBACKED, Sizing
-from onegraph.errors import ConfigError, ShapeOutOfRangeError, nearest
+from onegraph.errors import CaptureError, ConfigError, ShapeOutOfRangeError, nearest
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.region import canonical_hint
 from onegraph.torch_compat import dynamo
@@ -56,18 +57,28 @@ class Container:
     twin: Container | None = None
 
     @property
+    def source(self) -> str:
+        """Dynamo's name of it."""
+        return re.sub(r"^\w+", lambda name: f"L[{name[0]!r}]", self.code)
+
+    @property
     def is_mutable(self) -> bool:
         return not issubclass(self.kind, tuple)
 
 
 @dataclass(frozen=True)
 class CallInputs:
-    """A call ready to be traced. `arguments` replace the caller's, name by name."""
+    """A call ready to be traced. `args` and `kwargs` replace the caller's.
+
+    `signature` is that of the traced function, `given` and `traced` the caller's arguments and those in their place,
+    by its parameters.
+    """
 
     signature: inspect.Signature
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    by_keyword: bool
+    given: Mapping[str, Any]
+    traced: Mapping[str, Any]
     leaves: tuple[Leaf, ...]
     containers: tuple[Container, ...]
     dims: tuple[DynamicDim, ...]
@@ -80,38 +91,78 @@ def read_call(
     dynamic_shapes: Any,
     max_size: int,
     *,
-    by_keyword: bool = False,
+    hooked: bool = False,
     sizing: Sizing = UNBACKED,
 ) -> CallInputs:
     """Binds the call and marks its dynamic dims. `max_size` bounds a Dim that was declared without a max.
     With backed sizes the example is replaced by memory of the sample's sizes.
 
-    With `by_keyword` the traced function takes `**kwargs` alone (a module's `__call__`, where there are hooks)
-    and every argument is handed to it by name.
+    With `hooked` the traced function is a module's `__call__`, which takes `*args` and `**kwargs` and hands them to
+    hooks: they stay as they were given, without the defaults of `signature`.
     Raises ConfigError for arguments that don't fit the signature, or dims that don't fit the arguments.
     """
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ConfigError(f"the call doesn't fit the module: {error}", where=f"forward{signature}") from error
-    bound.apply_defaults()
     walk = _Walk(max_size, sizing)
-    specs = _specs_by_name(dynamic_shapes, signature, bound)
-    for name, value in bound.arguments.items():
-        source = f"L['kwargs'][{name!r}]" if by_keyword else f"L[{name!r}]"
-        bound.arguments[name] = walk.visit(value, name, source, name, specs.get(name))
+    if hooked:
+        specs = _specs_by_name(dynamic_shapes, signature, bound)
+        given = {"args": args, "kwargs": kwargs}
+        traced = _walk_hooked(walk, signature, args, kwargs, specs)
+        bound = _CALL.bind(*traced["args"], **traced["kwargs"])
+    else:
+        bound.apply_defaults()
+        specs = _specs_by_name(dynamic_shapes, signature, bound)
+        given = dict(bound.arguments)
+        for name, value in given.items():
+            bound.arguments[name] = walk.visit(value, name, f"L[{name!r}]", name, specs.get(name))
+        traced = dict(bound.arguments)
     dims = {dim.name: dim for dim in walk.declared()}
     return CallInputs(
-        signature=signature,
-        args=() if by_keyword else bound.args,
-        kwargs=dict(bound.arguments) if by_keyword else bound.kwargs,
-        by_keyword=by_keyword,
+        signature=_CALL if hooked else signature,
+        args=bound.args,
+        kwargs=bound.kwargs,
+        given=given,
+        traced=traced,
         leaves=tuple(
             dataclasses.replace(leaf, dims={i: dims[dim.name] for i, dim in leaf.dims.items()}) for leaf in walk.leaves
         ),
         containers=tuple(walk.containers),
         dims=tuple(dims.values()),
     )
+
+
+_CALL = inspect.signature(lambda *args, **kwargs: None)
+
+
+def _walk_hooked(
+    walk: _Walk, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], specs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of `__call__` in place of the caller's; paths and specs are by the names of `signature`."""
+    kinds = inspect.Parameter
+    by_kind = {parameter.kind: name for name, parameter in signature.parameters.items()}
+    more, extra = by_kind.get(kinds.VAR_POSITIONAL, ""), by_kind.get(kinds.VAR_KEYWORD, "")
+    positional = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    names = [name for name, parameter in signature.parameters.items() if parameter.kind in positional]
+    walk.containers.append(Container("the positional arguments", "args", tuple, len(args)))
+    walk.containers.append(Container("the keyword arguments", "kwargs", dict, tuple(kwargs)))
+
+    def visit(value: Any, name: str, rest: str, key: Any, holder: str, at: Any) -> Any:
+        spec = specs.get(name) if name else _child(specs.get(rest), key, rest)
+        path = name or f"{rest}[{key!r}]"
+        return walk.visit(value, path, f"L[{holder!r}][{at!r}]", f"{holder}[{at!r}]", spec)
+
+    return {
+        "args": tuple(
+            visit(value, names[i] if i < len(names) else "", more, i - len(names), "args", i)
+            for i, value in enumerate(args)
+        ),
+        "kwargs": {
+            key: visit(value, key if key in signature.parameters and key != extra else "", extra, key, "kwargs", key)
+            for key, value in kwargs.items()
+        },
+    }
 
 
 def _specs_by_name(dynamic_shapes: Any, signature: inspect.Signature, bound: inspect.BoundArguments) -> dict[str, Any]:
@@ -234,6 +285,12 @@ class _Walk:
         return copied
 
     def tensor(self, value: torch.Tensor, path: str, source: str, code: str, spec: Any) -> torch.Tensor:
+        if value.is_nested and value.layout == torch.strided:  # has no shape
+            raise CaptureError(
+                f"{path} is a nested tensor, which can't be traced",
+                where=f"argument {path}",
+                hint="pass it with layout=torch.jagged, or padded: torch.nested.to_padded_tensor",
+            )
         declared = self.tensor_dims(value, path, spec)
         alias = self.aliases.get(id(value))
         is_new = alias is None

@@ -35,6 +35,8 @@ def scope_of(function: Any, owner: Any, inputs: CallInputs, globals_read: Mappin
     for leaf in inputs.leaves:
         if not isinstance(leaf.value, (torch.Tensor, *LITERALS)):
             constants[leaf.source] = constants[leaf.indexed_source] = leaf.value
+    for container in inputs.containers:  # the contract compares its class
+        constants[f"type({container.source})"] = container.kind
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         constants[f"L['{name}']"] = constants[f"L[{name!r}]"] = _Cell(cell)
     return Scope(globals_read, constants, expression_scope())
@@ -52,14 +54,23 @@ def rooted_expression(name: str, scope: Scope) -> tuple[str, dict[str, Any]] | N
     tree = ast.parse(name, mode="eval").body
     roots = _Roots(scope)
     text = ast.unparse(roots.visit(tree))
-    return None if roots.is_argument else (text, roots.names)
+    return None if roots.arguments else (text, roots.names)
+
+
+def argument_expression(name: str, scope: Scope, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The guard's expression over the arguments' names and the names of its other roots; None for any other one."""
+    roots = _Roots(scope)
+    tree = roots.visit(ast.parse(name, mode="eval").body)
+    known = roots.arguments and roots.arguments <= arguments.keys()
+    return (ast.unparse(tree), roots.names) if known else None
 
 
 class _Roots(ast.NodeTransformer):
     """Replaces `L[...]`, `G[...]` and function names by names of constants; drops copies (`dict(x)['a']`)."""
 
     def __init__(self, scope: Scope) -> None:
-        self.scope, self.is_argument = scope, False
+        self.scope = scope
+        self.arguments: set[str] = set()
         self.names: dict[str, Any] = {}
 
     def constant(self, value: Any) -> ast.Name:
@@ -68,7 +79,7 @@ class _Roots(ast.NodeTransformer):
         return ast.Name(name, ast.Load())
 
     def visit(self, node: ast.AST) -> Any:
-        if isinstance(node, ast.Subscript | ast.Attribute):
+        if isinstance(node, ast.Subscript | ast.Attribute | ast.Call):
             known = self.scope.constants.get(ast.unparse(node), self)
             if isinstance(known, _Cell):
                 return ast.Attribute(self.constant(known.cell), "cell_contents", ast.Load())
@@ -78,7 +89,9 @@ class _Roots(ast.NodeTransformer):
 
     def visit_Subscript(self, node: ast.Subscript) -> Any:
         if isinstance(node.value, ast.Name) and node.value.id == "L":
-            self.is_argument = True
+            key = node.slice.value if isinstance(node.slice, ast.Constant) else ast.unparse(node.slice)
+            self.arguments.add(str(key))
+            return ast.Name(str(key), ast.Load())
         if isinstance(node.value, ast.Name) and node.value.id == "G" and isinstance(node.slice, ast.Constant):
             key = str(node.slice.value)
             if key.startswith(("__import_", "__builtins_dict__")):  # Dynamo's own names for a module

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from onegraph.torch_compat.shapes import is_symbolic, symbol_names
+from onegraph.torch_compat.shapes import is_assertion, is_symbolic, symbol_names
 
 
 def drop_judged_asserts(graph_module: torch.fx.GraphModule, symbols: Collection[str]) -> int:
@@ -19,7 +19,7 @@ def drop_judged_asserts(graph_module: torch.fx.GraphModule, symbols: Collection[
     graph = graph_module.graph
     dropped = 0
     for node in reversed(graph.nodes):  # a condition comes up after its only use is gone
-        if node.target is torch.ops.aten._assert_scalar.default:
+        if is_assertion(node):
             names = _symbols_behind(node.args[0])
             if names and names <= set(symbols):
                 graph.erase_node(node)

@@ -29,6 +29,7 @@ from onegraph.torch_compat.folds import FoldedCall
 from onegraph.torch_compat.guards import GuardFact
 from onegraph.torch_compat.identity import Identities, Places
 from onegraph.torch_compat.shapes import is_torch_file
+from onegraph.torch_compat.tensor_checks import KindCheck
 from onegraph.torch_compat.torch_state import GLOBAL_READS
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -56,6 +57,9 @@ _CHECKED_ELSEWHERE = frozenset(
 )
 
 
+_BUILTIN = (dict, list, tuple)
+
+
 def state_reads(
     facts: tuple[GuardFact, ...],
     *,
@@ -80,7 +84,7 @@ def state_reads(
     scope = scope_of(function, owner, inputs, globals_read)
     by_tensor = {id(weight.holder[weight.key]): weight for weight in weights}
     reads: list[StateRead] = []
-    classes: dict[int, type] = {}
+    classes: dict[int, type] = {id(one.kind): one.kind for one in inputs.containers if one.kind not in _BUILTIN}
     objects = _Objects(stored_attributes)
     for fact in _with_other_places(facts, identities.same):
         expression = rooted_expression(fact.name, scope)
@@ -108,7 +112,7 @@ def state_reads(
         if isinstance(value, torch.Tensor) or not told:
             read = _read(fact, expression, value, by_tensor, shown)
             reads += [read] if read is not None else []
-        if fact.kind == "TYPE_MATCH" and type(value) not in (dict, list, tuple):
+        if fact.kind == "TYPE_MATCH" and type(value) not in _BUILTIN:
             classes[id(type(value))] = type(value)
     reads += _compared_reads(identities.compared, scope)
     codes = set(traced_code)
@@ -236,17 +240,33 @@ def _read(
     fact: GuardFact, rooted: tuple[str, dict[str, Any]], value: Any, by_tensor: Mapping[int, WeightInput], what: str
 ) -> StateRead | None:
     read = functools.partial(_state_read, what, fact.user, rooted)
-    kind, attribute, key = fact.kind, fact.keywords.get("attr"), fact.keywords.get("key")
     if isinstance(value, torch.Tensor):
         weight = by_tensor.get(id(value))
         if weight is None:
-            return read("{x} is not $tensor", described, tensor=value)
+            return read("{x} is not $tensor or not $same(({x},))", described, tensor=value, same=KindCheck((value,)))
         return read(
             "{x} is not $holder[$key] or {x} is None",
             lambda now: weight.name if now is weight.holder[weight.key] else described(now),
             holder=weight.holder,
             key=weight.key,
         )
+    return _value_read(fact, read, value)
+
+
+def fact_read(fact: GuardFact, rooted: tuple[str, dict[str, Any]], value: Any, what: str) -> StateRead | None:
+    """The read of one fact about an argument, where `value` stood; None for what is compared elsewhere.
+
+    Of a tensor its class and its attributes are compared, not which one it is.
+    """
+    if fact.kind in _CHECKED_ELSEWHERE or (
+        isinstance(value, torch.Tensor) and fact.kind not in ("TYPE_MATCH", "HASATTR", "NOT_PRESENT_IN_GENERIC_DICT")
+    ):
+        return None
+    return _value_read(fact, functools.partial(_state_read, what, fact.user, rooted), value)
+
+
+def _value_read(fact: GuardFact, read: Callable[..., StateRead], value: Any) -> StateRead | None:
+    kind, attribute, key = fact.kind, fact.keywords.get("attr"), fact.keywords.get("key")
     if kind == "TYPE_MATCH":
         return read("$type({x}) is not $expected", type_name, type=type, expected=type(value))
     if kind == "HASATTR":

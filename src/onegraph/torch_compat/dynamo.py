@@ -35,6 +35,7 @@ from onegraph.torch_compat.folds import FoldedCall, folded_calls
 from onegraph.torch_compat.guards import GuardFact, guard_facts
 from onegraph.torch_compat.identity import Identities, identities
 from onegraph.torch_compat.shapes import RawCondition, asserted_while_tracing
+from onegraph.torch_compat.tensor_questions import tensor_questions
 
 COMPILE_LOCK = threading.RLock()
 """Held while torch compiles anything for us: Dynamo, Inductor and torch's config are not thread-safe together."""
@@ -53,14 +54,15 @@ class ChangedState:
 
 @dataclass(frozen=True)
 class RawCapture:
-    """What Dynamo found. `sources` gives, for each placeholder, where residual code takes its value from;
-    `globals_read` is the `G` of the guards' expressions; `stored_attributes` are the names of the attributes that
-    residual code sets, of whatever object."""
+    """What Dynamo found. `sources` gives, for each placeholder, where residual code takes its value from; `asked` are
+    facts beside the guards, about tensors; `globals_read` is the `G` of the guards' expressions; `stored_attributes`
+    are the names of the attributes that residual code sets, of whatever object."""
 
     graph_module: torch.fx.GraphModule
     sources: tuple[str, ...]
     fake_mode: Any
     guards: tuple[GuardFact, ...]
+    asked: tuple[GuardFact, ...]
     globals_read: Mapping[str, Any]
     asserted: tuple[RawCondition, ...]
     folded: tuple[FoldedCall, ...]
@@ -148,6 +150,7 @@ def capture(
         asserted_while_tracing() as asserted,
         folded_calls() as folded,
         identities() as decided,
+        tensor_questions() as asked,
     ):
         warnings.filterwarnings("ignore", "Dynamo does not know how to trace")  # the error that follows says it
         output = convert_frame._fullgraph_capture_frame(frame)
@@ -174,6 +177,7 @@ def capture(
         ),
         fake_mode=backend_input.fake_mode,
         guards=guards,
+        asked=tuple(asked),
         globals_read=graph_output.output_graph.global_scope,
         asserted=tuple(asserted),
         folded=tuple(folded),

@@ -168,6 +168,11 @@ def tracked_fakes(shape_env: Any) -> dict[str, Any]:
     return {tracked.source.name: tracked.fake for tracked in shape_env.tracked_fakes or ()}
 
 
+def is_assertion(node: torch.fx.Node) -> bool:
+    """Whether the node asserts a condition on sizes at run time; the condition is its first argument."""
+    return node.target is torch.ops.aten._assert_scalar.default
+
+
 def is_symbolic(value: Any) -> bool:
     """Whether the value is a size, float or bool that torch traces as a symbol."""
     return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)

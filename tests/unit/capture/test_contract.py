@@ -136,6 +136,15 @@ def test_a_call_that_keeps_the_contract_takes_the_fast_path() -> None:
         SLOW(**arguments())
 
 
+@pytest.mark.parametrize("mode", ["autocast", "no autocast"])
+def test_a_size_that_is_new_under_autocast_is_no_way_around_the_check(mode: str) -> None:
+    fast, slow = entries()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
+        assert outcome(fast, arguments()) == outcome(slow, arguments())
+        assert ("autocast" in outcome(fast, arguments())) is (mode == "autocast")
+    assert outcome(fast, arguments()) == "called"
+
+
 def test_autocast_is_a_part_of_the_fast_path() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert outcome(FAST, arguments()) == outcome(SLOW, arguments())
