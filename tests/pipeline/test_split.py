@@ -75,7 +75,7 @@ def test_equal_layers_are_compiled_once(fresh_cache: Any) -> None:
         started(Tower(32).eval(), backend="inductor")
     text = str(compiled.explain())
     assert "65: 33 compiled, of which 3 differ, and 32 of splitting ops" in text
-    assert "piece 2 (also 4, 6, 8, … 62) layers.0 to layers.1" in text
+    assert re.search(r"piece 2 \(also 4, 6, 8, … 62\) .*layers", text)
     assert f"split at torch.sin at {__file__}:" in text
 
 
