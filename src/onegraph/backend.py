@@ -42,4 +42,4 @@ def compile_dynamo_graph(
     compiler = PieceCompiler(config, target_for(devices.pop()), store, lambda conditions: ())
     with dynamo.COMPILE_LOCK:
         call = compiler.compile(piece, None).call
-    return checked_at_first_call(call, graph_module, custom_ops(graph_module))
+    return checked_at_first_call(lambda *inputs: call(list(inputs)), graph_module, custom_ops(graph_module))

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from onegraph.errors import InputContractError
-from onegraph.ir.artifact import PieceCallable
-from onegraph.ir.graph import CapturedGraph, WeightInput
+from onegraph.ir.graph import CapturedGraph, GraphCallable, WeightInput
 from onegraph.ir.ledger import StateEntry
 from onegraph.torch_compat.overlap import overlapping, share_storage
 from onegraph.torch_compat.tensor_checks import KindCheck, tensor_facts
@@ -37,7 +36,7 @@ class BoundWeights:
     changes: Callable[[], tuple[tuple[StateEntry, str], ...]]
 
 
-def bind_weights(call: PieceCallable, captured: CapturedGraph, mutates_inputs: bool) -> BoundWeights:
+def bind_weights(call: GraphCallable, captured: CapturedGraph, mutates_inputs: bool) -> BoundWeights:
     """The weights of the graph bound to `call`.
 
     With `mutates_inputs` no input may overlap another one or a weight in memory, in any call.

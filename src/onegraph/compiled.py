@@ -42,6 +42,10 @@ class Built:
     changes: Callable[[], Changes] = tuple
     check: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], int], Iterator[SizeCheck]] | None = None
     """`check(compiled, args, kwargs, num_sizes)` compares with eager and fp64; None where nothing is compiled."""
+    fallback: Callable[[int, str], Built] | None = None
+    """`fallback(piece, why)` has a piece run op by op, and gives this build with its new explanation."""
+    failed_piece: Callable[[BaseException], int | None] = lambda error: None
+    """The piece that an error was raised in."""
 
 
 class CompiledModel:
@@ -73,6 +77,7 @@ class CompiledModel:
         self._traces: list[Built] = []
         self._told_too_many = False
         self._checks: tuple[SizeCheck, ...] = ()
+        self._fallbacks: dict[int, str] = {}
         self._building = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,6 +146,40 @@ class CompiledModel:
         )
         return self._checks
 
+    def fallback(self, piece: int, backend: str = "eager") -> None:
+        """Has one piece, by its number in `explain()`, run uncompiled from the next call on, and after recaptures too.
+
+        Before the first call it takes effect when the model is compiled. Raises ConfigError for a piece that there
+        isn't, and for another backend than eager.
+        """
+        if backend != "eager":
+            raise ConfigError(f"a piece can fall back to eager, not to {backend!r}", where="fallback")
+        self._fall_back(piece, "asked for by fallback()")
+
+    def demote(self, error: BaseException) -> bool:
+        """Has the compiled piece that raised `error` run uncompiled from now on, and logs it.
+
+        Gives False where no compiled piece raised it, so that running again would raise it again.
+        """
+        with self._building:
+            built = self._current
+            piece = None if built is None else built.failed_piece(error)
+            if built is None or piece is None or built.explanation.pieces[piece].backend == "eager":
+                return False
+            why = f"it raised {type(error).__name__}: {str(error)[:200]}"
+            log.warning("piece %d runs uncompiled from now on: %s", piece, why)
+            counters.add("demoted_pieces")
+            self._fall_back(piece, why)
+            return True
+
+    def _fall_back(self, piece: int, why: str) -> None:
+        with self._building:
+            for index, trace in enumerate(self._traces):
+                self._traces[index] = _fallen_back(trace, {piece: why})
+                if trace is self._current:
+                    self._current = self._traces[index]
+            self._fallbacks[piece] = why
+
     def explain(self) -> Explanation:
         """How this model was compiled; before the first call, what is configured."""
         built = self._current or (self._traces[-1] if self._traces else None)
@@ -169,7 +208,7 @@ class CompiledModel:
                 return Built(self.original, self.explain(), holds=lambda: False)
             counters.add("recaptures")
             log.warning("captured once more: %s", _told(changes))
-        built = self._build(args, kwargs)
+        built = _fallen_back(self._build(args, kwargs), self._fallbacks)
         self._traces.append(built)
         return built
 
@@ -208,6 +247,14 @@ class CompiledModel:
     def __repr__(self) -> str:
         state = "not yet compiled" if self._current is None else "compiled"
         return f"<onegraph.CompiledModel of {type(self.original).__name__}, {state}>"
+
+
+def _fallen_back(built: Built, pieces: Mapping[int, str]) -> Built:
+    for piece, why in pieces.items():
+        if built.fallback is None:
+            raise ConfigError("nothing is compiled, so no piece can fall back", where="fallback")
+        built = built.fallback(piece, why)
+    return built
 
 
 def _holds(built: Built) -> bool:

@@ -43,20 +43,30 @@ class RangeExplanation:
 
 @dataclass(frozen=True)
 class PieceExplanation:
-    """One piece: which backend runs it, and its artifact for each range."""
+    """One piece: which backend runs it, and its artifact for each range.
+
+    `same_as` is the earlier piece whose artifact it shares; `why` names the splitting ops with the user's lines.
+    """
 
     index: int
     kind: str
     backend: str
     ranges: tuple[RangeExplanation, ...]
+    same_as: int | None = None
+    differs_from: str | None = None
+    module_path: str = ""
+    why: str = ""
+    num_ops: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "index": self.index,
             "kind": self.kind,
-            "same_as": None,
-            "differs_from": None,
-            "module_path": "",
+            "same_as": self.same_as,
+            "differs_from": self.differs_from,
+            "module_path": self.module_path,
+            "why": self.why,
+            "ops": self.num_ops,
             "backend": self.backend,
             "ranges": [one.to_dict() for one in self.ranges],
             "passes": {},
@@ -73,6 +83,8 @@ class Explanation:
     dims: tuple[DynamicDim, ...] = ()
     ledger: Ledger = field(default_factory=Ledger)
     pieces: tuple[PieceExplanation, ...] = ()
+    plan_source: str = ""
+    """The function that runs the pieces, as it was printed from the execution plan."""
     num_ops: int = 0
     custom_ops: tuple[CustomOp, ...] = ()
     notes: tuple[str, ...] = ()
@@ -125,10 +137,7 @@ class Explanation:
             lines.append(f"graph    {self.num_ops} operations")
         for dim in self.dims:
             lines.append(f"dim      {dim.name} = {dim.min}..{dim.max}  ({', '.join(dim.inputs)})")
-        for piece in self.pieces:
-            for one in piece.ranges:
-                region = f" where {one.predicate}" if one.predicate else ""
-                lines.append(f"piece {piece.index}  {piece.backend}{region}, store {one.store}: {one.why}")
+        lines += self._piece_lines()
         if self.pieces:
             proven = sum(entry.effect == "proven" for entry in self.ledger.shapes)
             lines.append(
@@ -153,6 +162,28 @@ class Explanation:
             lines += self._check_lines()
         return "\n".join(lines)
 
+    def _piece_lines(self) -> list[str]:
+        """A line for each distinct piece and region, and one that counts the pieces where there are many."""
+        lines = []
+        if len(self.pieces) > 1:
+            splitting = [piece for piece in self.pieces if piece.kind == "splitting_op"]
+            distinct = [piece for piece in self.pieces if piece.kind == "compiled" and piece.same_as is None]
+            lines.append(
+                f"pieces   {len(self.pieces)}: {len(self.pieces) - len(splitting)} compiled, of which "
+                f"{len(distinct)} differ, and {len(splitting)} of splitting ops"
+            )
+            lines += [f"  split at {why}" for why in dict.fromkeys(piece.why for piece in splitting)]
+        for piece in self.pieces:
+            twins = [other.index for other in self.pieces if other.same_as == piece.index]
+            also = f" (also {_numbers(twins)})" if twins else ""
+            path = f" {piece.module_path}" if piece.module_path and len(self.pieces) > 1 else ""
+            for one in piece.ranges if piece.same_as is None else ():
+                region = f" where {one.predicate}" if one.predicate else ""
+                lines.append(f"piece {piece.index}{also}{path}  {piece.backend}{region}, store {one.store}: {one.why}")
+            if piece.differs_from and piece.same_as is None:
+                lines.append(f"  differs from {piece.differs_from}")
+        return lines
+
     def _check_lines(self) -> list[str]:
         """The check of numbers: how many sizes are in order, the worst of them, and each that isn't."""
         wrong = [check for check in self.checks if not check.ok]
@@ -164,3 +195,9 @@ class Explanation:
             f"{worst.num_tokens}: error {found.max_error:.2g} against fp64, eager's {found.eager_error:.2g}",
             *(f"  wrong at {check.num_tokens}: {check.found.where}" for check in wrong),
         ]
+
+
+def _numbers(values: list[int]) -> str:
+    """`2, 4, 6, … 58`: the first three and the last."""
+    shown = [str(value) for value in values]
+    return ", ".join(shown if len(shown) <= 4 else [*shown[:3], "…", shown[-1]])

@@ -1,19 +1,22 @@
-"""From a piece to something that runs: by the configured backend, and with Inductor through the store.
+"""From pieces to something that runs: by the configured backend, and with Inductor through the store.
 
-Takes a piece and a region; gives a CompiledPiece with the reason why it was compiled or loaded. A fresh
-artifact is written and then loaded from its files, so that cold and warm starts run the same code.
+Takes pieces and a region; gives a CompiledPiece for each, with the reason why it was compiled or loaded. Pieces that
+are equal share one. A fresh artifact is written and then loaded from its files, so that cold and warm starts run the
+same code.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from onegraph.compilers import aot_eager, eager, inductor
+from onegraph.compilers.graph_text import graph_text
 from onegraph.compilers.key import piece_key
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.counters import counters
@@ -34,6 +37,10 @@ log = get_logger(__name__)
 SAME_AS_EAGER = {"fallback_random": True}
 """Options of Inductor without which its result differs from eager: random ops would draw from another stream."""
 
+Identity = tuple[str, tuple[str | None, ...]]
+"""A piece's canonical text, and the dims that its inputs' sizes stand for, in order."""
+Progress = Callable[[int, int], None]
+
 
 @dataclass(frozen=True)
 class PieceCompiler:
@@ -48,11 +55,40 @@ class PieceCompiler:
     store: Store | None
     check_sizes: Callable[[list[shapes.RawCondition]], tuple[ShapeEntry, ...]]
 
+    def compile_all(
+        self, pieces: Sequence[Piece], region: Region | None, dims: Mapping[str, str], progress: Progress | None = None
+    ) -> tuple[CompiledPiece, ...]:
+        """Each piece that differs from all before it is compiled; `dims` names the dim that a symbol stands for.
+
+        `progress(done, total)` counts the pieces. Raises as `compile`.
+        """
+        made: list[CompiledPiece] = []
+        known: dict[Identity, int] = {}
+        for piece in pieces:
+            if progress is not None:
+                progress(len(made), len(pieces))
+            if piece.kind == "splitting_op":
+                why, notes = "a splitting op runs as it is", self._kernels_of_ops(piece)
+                made.append(CompiledPiece(eager.compile_piece(piece), "eager", "off", why, 0.0, notes=notes))
+                continue
+            identity = None if piece.index in self.config.eager_pieces else _identity(piece, dims)
+            twin = None if identity is None else known.get(identity)
+            if twin is not None:
+                made.append(replace(made[twin], same_as=twin, seconds=0.0, differs_from=None))
+                continue
+            differs_from = None if identity is None else _nearest(identity, known)
+            if identity is not None:
+                known[identity] = piece.index
+            made.append(replace(self.compile(piece, region), differs_from=differs_from))
+        return tuple(made)
+
     def compile(self, piece: Piece, region: Region | None) -> CompiledPiece:
         """Needs `torch_compat.dynamo.compile_scope`. Raises CompileError, ConstraintError."""
         started = time.perf_counter()
         backend = "eager" if piece.index in self.config.eager_pieces else self.config.backend
-        if backend == "eager":
+        if backend != "eager" and piece.eager_why:
+            made = CompiledPiece(eager.compile_piece(piece), "eager", "off", piece.eager_why, 0.0)
+        elif backend == "eager":
             why = "asked for by eager_pieces" if self.config.backend != "eager" else "backend=eager"
             made = CompiledPiece(eager.compile_piece(piece), "eager", "off", why, 0.0)
         elif backend == "aot_eager":
@@ -60,8 +96,11 @@ class PieceCompiler:
             made = CompiledPiece(call, backend, "off", "backend=aot_eager", 0.0, mutates_inputs=mutates_inputs)
         else:
             made = self._with_inductor(piece, region)
-        notes = install_op_kernels(self.target, self.store).notes if uses_own_ops(piece.graph_module) else ()
-        return replace(made, seconds=time.perf_counter() - started, notes=notes)
+        return replace(made, seconds=time.perf_counter() - started, notes=self._kernels_of_ops(piece))
+
+    def _kernels_of_ops(self, piece: Piece) -> tuple[str, ...]:
+        """Sees to it that onegraph's own ops in the piece have their kernels; why they haven't, where that is so."""
+        return install_op_kernels(self.target, self.store).notes if uses_own_ops(piece.graph_module) else ()
 
     def _with_inductor(self, piece: Piece, region: Region | None) -> CompiledPiece:
         options = {**self.target.compiler_options(), **SAME_AS_EAGER, **self.config.inductor_compile_config}
@@ -134,3 +173,25 @@ class PieceCompiler:
             for name, contents in artifact.files.items():
                 files[name].write_bytes(contents)
             return inductor.load_artifact(files, artifact.aliases, self.target), False
+
+
+def _identity(piece: Piece, dims: Mapping[str, str]) -> Identity | None:
+    """Equal for pieces that one artifact is right for; None for a piece that can't be compared with others."""
+    text = graph_text(piece.graph_module, piece.fake_mode.shape_env)
+    if isinstance(text, Unkeyable):
+        return None
+    sizes = [size for value in piece.fake_inputs for size in (getattr(value, "shape", None) or [value])]
+    symbols = dict.fromkeys(name for size in sizes for name in sorted(shapes.symbol_names(size)))
+    return text, tuple(dims.get(symbol) for symbol in symbols)
+
+
+def _nearest(identity: Identity, known: Mapping[Identity, int]) -> str | None:
+    """The earlier piece that shares most lines with this one, and the first line that differs."""
+    lines = identity[0].splitlines()
+    best = max(known, key=lambda other: len(set(lines) & set(other[0].splitlines())), default=None)
+    if best is None:
+        return None
+    for line, other in itertools.zip_longest(lines, best[0].splitlines()):
+        if line != other:
+            return f"piece {known[best]}: {line or 'its end'} instead of {other or 'its end'}"
+    return f"piece {known[best]}: the dims that its sizes stand for"

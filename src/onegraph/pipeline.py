@@ -25,16 +25,21 @@ from onegraph.capture.custom_ops import CustomOp, checked_at_first_call, custom_
 from onegraph.capture.regions import MAX_REGIONS, UNBACKED, Sizing, covered_range, next_sizes
 from onegraph.capture.state_check import changed_entries, state_check
 from onegraph.compiled import Built
+from onegraph.compilers import eager
 from onegraph.config.resolve import ResolvedConfig
-from onegraph.errors import ConstraintError
+from onegraph.errors import ConfigError, ConstraintError, nearest
 from onegraph.explanation import Explanation, PieceExplanation, RangeExplanation
 from onegraph.ir.artifact import CompiledPiece
 from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.ledger import CheckedWhen, Ledger, ShapeEntry
+from onegraph.ir.piece import SplitGraph
+from onegraph.ir.plan import ExecutionPlan
 from onegraph.ir.region import Region, general_region
 from onegraph.ir.target import Target
 from onegraph.piece_compiler import PieceCompiler
-from onegraph.split.split import split_graph
+from onegraph.plan.function import failed_piece, plan_function, plan_source, replace_piece
+from onegraph.plan.plan import plan_calls
+from onegraph.split.split import called_ops, missing_ops, split_graph
 from onegraph.store.store import Store
 from onegraph.torch_compat import dynamo, shapes
 from onegraph.torch_compat.structured_trace import trace_json, trace_text
@@ -113,16 +118,22 @@ def build(
         explanation = _explain(name, config, stages, made, checked)
         trace_json("explain", explanation.to_dict)
     entry = made[0].captured.bind_entry([(one.region.predicate, one.call) for one in made])
-    if config.freeze:
-        return Built(entry, explanation)
     reads = (read for one in made for read in one.captured.state if read.entry.checked == "call")
     state = tuple({(read.expression, read.condition): read for read in reads}.values())  # regions share most
-    return Built(
-        entry,
-        explanation,
+
+    def fall_back(piece: int, why: str) -> Built:
+        made[:] = [_with_eager_piece(one, piece, why) for one in made]
+        return replace(built, explanation=_explain(name, config, stages, made, checked))
+
+    built = Built(entry, explanation, fallback=fall_back, failed_piece=failed_piece)
+    if config.freeze:
+        return built
+    built = replace(
+        built,
         holds=state_check(state, lambda: all(one.weights.fit() for one in made)),
         changes=lambda: changed_entries(state) + tuple(change for one in made for change in one.weights.changes()),
     )
+    return built
 
 
 @dataclass(frozen=True)
@@ -131,10 +142,19 @@ class Specialised:
 
     captured: CapturedGraph
     region: Region
-    piece: CompiledPiece
+    split: SplitGraph
+    plan: ExecutionPlan
+    pieces: tuple[CompiledPiece, ...]
+    run: Callable[..., Any]
+    """The plan's function, of weights and inputs."""
     weights: BoundWeights
     custom_ops: tuple[CustomOp, ...]
     call: Callable[..., Any]
+
+    @property
+    def constraints(self) -> tuple[ShapeEntry, ...]:
+        """The conditions on sizes that the trace and the compiled pieces rely on."""
+        return self.captured.ledger.shapes + tuple(entry for piece in self.pieces for entry in piece.constraints)
 
 
 def _specialise(
@@ -154,7 +174,9 @@ def _specialise(
         region = replace(region, hints=hints, predicate=region_predicate(captured.ledger.shapes, captured.fixed))
 
     with stages.stage("split"):
-        split = split_graph(captured)
+        _refuse_unknown_ops(captured, config)
+        split = split_graph(captured, config.splitting_ops)
+        _refuse_unknown_pieces(split, config)
 
     def check_sizes(conditions: list[shapes.RawCondition]) -> tuple[ShapeEntry, ...]:
         known = {entry.expr for entry in captured.ledger.shapes}
@@ -168,16 +190,62 @@ def _specialise(
 
     with stages.stage("compile or load"):
         compiler = PieceCompiler(config, target, store, check_sizes)
-        (piece,) = (compiler.compile(piece, region) for piece in split.pieces)
+        pieces = compiler.compile_all(split.pieces, region, captured.symbols)
+
+    with stages.stage("plan"):
+        plan = plan_calls(split)
+        run = plan_function(plan, dict(enumerate(piece.call for piece in pieces)))
+        trace_text("execution_plan", lambda: plan_source(plan))
 
     with stages.stage("bind"):
         foreign = custom_ops(captured.graph_module)
-        call = checked_at_first_call(piece.call, captured.graph_module, foreign)
-        weights = bind_weights(call, captured, piece.mutates_inputs)
-    if sizing.mode != "unbacked":
-        relied_on = captured.ledger.shapes + piece.constraints
-        region = replace(region, predicate=region_predicate(relied_on, captured.fixed))
-    return Specialised(captured, region, piece, weights, foreign, captured.make_callable(weights.run))
+        call = checked_at_first_call(run, captured.graph_module, foreign)
+        weights = bind_weights(call, captured, any(piece.mutates_inputs for piece in pieces))
+    made = Specialised(
+        captured, region, split, plan, pieces, run, weights, foreign, captured.make_callable(weights.run)
+    )
+    if sizing.mode == "unbacked":
+        return made
+    return replace(made, region=replace(region, predicate=region_predicate(made.constraints, captured.fixed)))
+
+
+def _with_eager_piece(one: Specialised, index: int, why: str) -> Specialised:
+    """The same with one piece run op by op from the next call on."""
+    if index not in range(len(one.pieces)):
+        raise ConfigError(
+            f"there is no piece {index}: the graph's pieces are 0..{len(one.pieces) - 1}", where="fallback"
+        )
+    piece = one.split.pieces[index]
+    replaced = CompiledPiece(eager.compile_piece(piece), "eager", "off", why, 0.0)
+    replace_piece(one.run, index, replaced.call)
+    twins = [i for i, other in enumerate(one.pieces) if other.same_as == index]
+    pieces = [
+        replace(other, same_as=twins[0] if i != twins[0] else None) if i in twins else other
+        for i, other in enumerate(one.pieces)
+    ]  # those that shared its artifact still do
+    pieces[index] = replaced
+    return replace(one, pieces=tuple(pieces))
+
+
+def _refuse_unknown_ops(captured: CapturedGraph, config: ResolvedConfig) -> None:
+    """A splitting op that was asked for, and that the model never calls, would be ignored in silence."""
+    asked = not config.why["splitting_ops"].startswith("level")
+    for op in missing_ops(captured, config.splitting_ops) if asked else ():
+        raise ConfigError(
+            f"splitting_ops has {op!r}, and the model never calls it",
+            where="splitting_ops",
+            hint=nearest(op, called_ops(captured)),
+        )
+
+
+def _refuse_unknown_pieces(split: SplitGraph, config: ResolvedConfig) -> None:
+    for index in config.eager_pieces:
+        if index >= len(split.pieces):
+            raise ConfigError(
+                f"eager_pieces has {index}, and the graph's pieces are 0..{len(split.pieces) - 1}",
+                where="eager_pieces",
+                hint="`onegraph explain` lists them",
+            )
 
 
 def _cover(specialise: Callable[[Sizing], Specialised], config: ResolvedConfig) -> list[Specialised]:
@@ -222,7 +290,7 @@ def _explain(
     name: str, config: ResolvedConfig, stages: Stages, made: list[Specialised], state_checked: CheckedWhen
 ) -> Explanation:
     first = made[0]
-    shapes_found = {entry.expr: entry for one in made for entry in one.captured.ledger.shapes + one.piece.constraints}
+    shapes_found = {entry.expr: entry for one in made for entry in one.constraints}
     return Explanation(
         model=name,
         config=config.to_dict(),
@@ -236,30 +304,46 @@ def _explain(
                 for entry in dict.fromkeys(entry for one in made for entry in one.captured.ledger.state)
             ),
         ),
-        pieces=(
-            PieceExplanation(
-                index=0,
-                kind="compiled",
-                backend=first.piece.backend,
-                ranges=tuple(_range(one, len(made) > 1) for one in made),
-            ),
-        ),
+        pieces=tuple(_pieces(made)),
+        plan_source=plan_source(first.plan),
         num_ops=first.captured.num_ops,
         custom_ops=tuple(op for one in made for op in one.custom_ops),
-        notes=(*config.downgrades, *dict.fromkeys(note for one in made for note in one.piece.notes)),
+        notes=(
+            *config.downgrades,
+            *dict.fromkeys(note for one in made for piece in one.pieces for note in piece.notes),
+        ),
     )
 
 
-def _range(one: Specialised, several: bool) -> RangeExplanation:
+def _pieces(made: list[Specialised]) -> Iterator[PieceExplanation]:
+    """Each piece with its artifact for each region; regions may be cut into different numbers of pieces."""
+    for index in range(max(len(one.pieces) for one in made)):
+        ranges = [one for one in made if index < len(one.pieces)]
+        piece, compiled = ranges[0].split.pieces[index], ranges[0].pieces[index]
+        yield PieceExplanation(
+            index=index,
+            kind=piece.kind,
+            backend=compiled.backend,
+            ranges=tuple(_range(one, index, len(made) > 1) for one in ranges) if piece.kind == "compiled" else (),
+            same_as=compiled.same_as,
+            differs_from=compiled.differs_from,
+            module_path=piece.module_path,
+            why=piece.why,
+            num_ops=sum(node.op.startswith("call_") for node in piece.graph_module.graph.nodes),
+        )
+
+
+def _range(one: Specialised, index: int, several: bool) -> RangeExplanation:
     lower, upper = covered_range(one.captured.dims, one.region.predicate or "True")
+    piece = one.pieces[index]
     return RangeExplanation(
         min=lower,
         max=upper,
         predicate=one.region.predicate if several else None,
-        key=one.piece.key,
-        store=one.piece.store,
-        why=one.piece.why,
-        seconds=one.piece.seconds,
+        key=piece.key,
+        store=piece.store,
+        why=piece.why,
+        seconds=piece.seconds,
     )
 
 

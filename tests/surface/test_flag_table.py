@@ -44,6 +44,7 @@ ACCEPTED: list[tuple[str, Any]] = [
     ("backend", "aot_eager"),
     ("backend", "inductor"),
     ("splitting_ops", []),
+    ("splitting_ops", ["onegraph::paged_attention"]),
     ("passes", {}),
     ("extra_passes", []),
     ("eager_pieces", [0]),
@@ -69,11 +70,9 @@ ACCEPTED: list[tuple[str, Any]] = [
     ("max_num_tokens", 64),
 ]
 REFUSED: list[tuple[str, Any]] = [
-    ("splitting_ops", ["onegraph::paged_attention"]),
     ("passes", {"NAME": False}),
     ("passes", {"NAME": {"width": 4}}),
     ("extra_passes", ["module:Class"]),
-    ("eager_pieces", [3, 7]),
     ("compile_sizes", [1, 8]),
     ("compile_ranges", [[1, 8]]),
     ("cudagraph_mode", "PIECEWISE"),

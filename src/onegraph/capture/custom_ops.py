@@ -20,7 +20,7 @@ import torch
 
 from onegraph.capture.constraints import source_line
 from onegraph.errors import CustomOpError
-from onegraph.ir.artifact import PieceCallable
+from onegraph.ir.graph import GraphCallable
 from onegraph.opaque_ops import is_own_frame
 from onegraph.ops.memory import clone_together, same_bytes, share_memory
 from onegraph.torch_compat import fake_runs, operators, shapes
@@ -59,8 +59,8 @@ def custom_ops(graph_module: torch.fx.GraphModule) -> tuple[CustomOp, ...]:
 
 
 def checked_at_first_call(
-    call: PieceCallable, graph_module: torch.fx.GraphModule, ops: tuple[CustomOp, ...]
-) -> PieceCallable:
+    call: GraphCallable, graph_module: torch.fx.GraphModule, ops: tuple[CustomOp, ...]
+) -> GraphCallable:
     """`call` itself where there is nothing to check; else a function that checks first, once.
 
     `call` and `graph_module` take the same flat inputs; the graph's nodes carry their fake values. A call without

@@ -18,7 +18,9 @@ def compile_piece(piece: Piece) -> tuple[PieceCallable, bool]:
     """
     counters.add("aot_compiles")
     try:
-        return aot.compile_graph(copy.deepcopy(piece.graph_module), list(piece.fake_inputs), piece.fake_mode)
+        graph_module = copy.deepcopy(piece.graph_module)
+        function, mutates_inputs = aot.compile_graph(graph_module, list(piece.fake_inputs), piece.fake_mode)
+        return lambda inputs: function(*inputs), mutates_inputs
     except Exception as error:
         raise CompileError(
             f"AOTAutograd failed on piece {piece.index}: {type(error).__name__}: {str(error)[:600]}",

@@ -7,6 +7,6 @@ from onegraph.ir.piece import Piece
 
 
 def compile_piece(piece: Piece) -> PieceCallable:
-    """The graph module's own forward, which takes the piece's inputs flat and returns a tuple."""
-    run: PieceCallable = piece.graph_module.forward
-    return run
+    """The graph module's own forward."""
+    forward = piece.graph_module.forward
+    return lambda inputs: forward(*inputs)

@@ -11,7 +11,7 @@ import copy
 import io
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,9 @@ def compile_artifact(piece: Piece, key: Key | None, target: Target, options: dic
         assert output.callable is not None and output.link is not None
         with _in_files(target.build_kernels(output.kernels)) as paths:
             output.link(target.load_kernels(paths))
-        return Compiled(InProcess(output.callable, output.not_portable, output.mutates_inputs), output.conditions)
+        function = output.callable
+        made = InProcess(lambda inputs: function(*inputs), output.not_portable, output.mutates_inputs)
+        return Compiled(made, output.conditions)
     source, kernels = take_apart(output.source, output.kernels)
     files = {WRAPPER: source.encode(), **target.build_kernels(kernels)}
     if output.constants:
@@ -106,28 +108,20 @@ def load_artifact(files: Mapping[str, Path], aliases: tuple[OutputAlias, ...], t
         constants = torch.load(files[CONSTANTS], weights_only=True)
     path = files[WRAPPER]
     call = put_together(path, path.read_text(), target.load_kernels(files), constants)
-    return _with_aliases(call, aliases) if aliases else _flat(call)
+    return _with_aliases(call, aliases) if aliases else call
 
 
-def _flat(call: Callable[[list[Any]], Any]) -> PieceCallable:
-    def run(*inputs: Any) -> Any:
-        return call(list(inputs))
+def _with_aliases(call: PieceCallable, aliases: tuple[OutputAlias, ...]) -> PieceCallable:
+    bases = [(alias, alias.output, alias.input) for alias in aliases]
 
-    return run
-
-
-def _with_aliases(call: Callable[[list[Any]], Any], aliases: tuple[OutputAlias, ...]) -> PieceCallable:
-    def run(*inputs: Any) -> Any:
-        outputs = list(call(list(inputs)))
-        for alias in aliases:
-            base = inputs[alias.input]
-            out = outputs[alias.output]
+    def run(inputs: list[Any]) -> Any:
+        tensors = [inputs[index] for _, _, index in bases]
+        outputs = list(call(inputs))
+        for (alias, index, _), base in zip(bases, tensors, strict=True):
+            out = outputs[index]
             if alias.is_view and out.dtype != base.dtype:
                 continue  # a view of the bytes as another type, which the compiled code made over the same memory
-            if alias.is_view:
-                outputs[alias.output] = base.as_strided(out.size(), out.stride(), out.storage_offset())
-            else:
-                outputs[alias.output] = base
+            outputs[index] = base.as_strided(out.size(), out.stride(), out.storage_offset()) if alias.is_view else base
         return outputs
 
     return run

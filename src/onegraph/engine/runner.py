@@ -47,6 +47,9 @@ class Model(Protocol):
     def check_state(self) -> None:
         """Compares captured Python state with the module's now."""
 
+    def demote(self, error: BaseException) -> bool:
+        """Has the compiled piece that raised run uncompiled; False where none did."""
+
     @property
     def original(self) -> Any:
         """The model itself, uncompiled."""
@@ -174,13 +177,21 @@ class Runner:
             self._model.check_state()
 
     def _forward(self, inputs: dict[str, Any]) -> Any:
-        """The compiled model, or the model itself for a batch outside the sizes that it was compiled for."""
+        """The compiled model, or the model itself for a batch outside the sizes that it was compiled for.
+
+        A compiled piece that raises runs uncompiled from then on, and the batch is computed again: what it has written
+        into the KV cache is written once more.
+        """
         try:
             return self._model(**inputs)
         except ShapeOutOfRangeError as error:
             counters.add(f"eager_batches:{error.code}")
             log.warning("a batch ran uncompiled: %s", error.message)
             return self._model.original(**inputs)
+        except Exception as error:
+            if not self._model.demote(error):
+                raise
+            return self._forward(inputs)
 
     def _inputs(self, **arrays: "np.ndarray[Any, Any]") -> dict[str, Any]:
         """The forward's keyword arguments: views of the buffers, filled with these arrays."""

@@ -9,8 +9,8 @@ from typing import Any
 from onegraph.ir.key import Key
 from onegraph.ir.ledger import ShapeEntry
 
-PieceCallable = Callable[..., Any]
-"""Takes the piece's placeholders, flat; returns its outputs as a tuple or list."""
+PieceCallable = Callable[[list[Any]], Any]
+"""Takes a list of the piece's inputs, which it may empty; returns the outputs as a tuple or list."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class CompiledPiece:
     mutates_inputs: bool = False
     """Whether it was compiled knowing which inputs share memory, so that others sharing it would be wrong."""
     constraints: tuple[ShapeEntry, ...] = ()
-    guards: str | None = None
+    same_as: int | None = None
+    """The earlier piece whose artifact this one shares."""
+    differs_from: str | None = None
+    """The most similar earlier piece, and the first place where the two differ."""
     notes: tuple[str, ...] = ()
     """What its ops were lowered to, with the reasons."""

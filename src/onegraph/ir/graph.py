@@ -11,6 +11,9 @@ import torch
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import Ledger, StateRead
 
+GraphCallable = Callable[..., Any]
+"""Takes a graph's placeholders, flat; returns its outputs as a tuple or list."""
+
 
 @dataclass(frozen=True)
 class WeightInput:

@@ -168,6 +168,11 @@ def symbol_names(value: Any) -> set[str]:
     return set()
 
 
+def is_plain_symbol(value: Any) -> bool:
+    """Whether the value is one symbol, and no expression of symbols."""
+    return isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol)
+
+
 def tracked_fakes(shape_env: Any) -> dict[str, Any]:
     """Dynamo's source name -> fake of every tensor that the trace has looked at, also of those not in its graph."""
     return {tracked.source.name: tracked.fake for tracked in shape_env.tracked_fakes or ()}

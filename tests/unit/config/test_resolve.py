@@ -132,10 +132,8 @@ def test_what_says_the_same_is_no_contradiction() -> None:
 
 
 REFUSED: list[dict[str, Any]] = [
-    {"splitting_ops": ["onegraph::paged_attention"]},
     {"extra_passes": ["module:Class"]},
     {"passes": {"fuse_add": False}},
-    {"eager_pieces": [3, 7]},
     {"compile_sizes": [1]},
     {"compile_ranges": [[1, 8]]},
     {"cudagraph_mode": "PIECEWISE"},
@@ -169,8 +167,10 @@ def test_asking_for_what_is_done_anyway_is_fine(name: str) -> None:
     assert config.why[name] == "user"
 
 
-def test_the_piece_that_there_is_can_run_uncompiled() -> None:
-    assert resolved({"eager_pieces": [0]}).eager_pieces == (0,)
+def test_the_graph_is_split_and_pieces_run_uncompiled_where_that_is_asked_for() -> None:
+    config = resolved({"splitting_ops": ["onegraph::paged_attention"], "eager_pieces": [3, 7]})
+    assert config.splitting_ops == ("onegraph::paged_attention",) and config.eager_pieces == (3, 7)
+    assert config.downgrades == ()
 
 
 def test_a_default_that_cannot_be_had_is_lowered_told_and_counted() -> None:

@@ -1,0 +1,1 @@
+"""Plan: from pieces to an ExecutionPlan, and from a plan to the Python function that runs it."""
