@@ -119,6 +119,14 @@ def test_a_value_that_makes_no_sense_is_bad_usage(word: str, capsys: pytest.Capt
     assert "Traceback" not in told
 
 
+def test_explain_shows_the_plan_of_a_graph_that_is_split() -> None:
+    split = '-O.splitting_ops=["onegraph::write_kv_cache", "onegraph::paged_attention"]'
+    result = onegraph("explain", "-O.backend=eager", split, "--plan")
+    assert result.returncode == 0, result.stderr
+    assert "9: 5 compiled, of which 3 differ, and 4 of splitting ops" in result.stdout
+    assert "__piece_8(__args)" in result.stdout
+
+
 def test_explain_prints_json_with_the_promised_keys() -> None:
     result = onegraph("explain", "-O.backend=eager", "--json")
     assert result.returncode == 0, result.stderr

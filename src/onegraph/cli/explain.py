@@ -27,6 +27,7 @@ def main(words: list[str]) -> int:
         metavar="N",
         help="also compare compiled with eager and fp64 at N batch sizes; exit code 1 if a size is wrong",
     )
+    parser.add_argument("--plan", action="store_true", help="also print the function that runs the pieces")
     parser.add_argument("--json", action="store_true", help="print facts as JSON")
     parser.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
     options = parser.parse_known_words(rest)
@@ -37,5 +38,7 @@ def main(words: list[str]) -> int:
     llm = LLM(**llm_arguments(config))
     checks = llm.check(options.check) if options.check is not None else ()
     explanation = llm.explain()
-    print(json.dumps(explanation.to_dict(), indent=1) if options.json else str(explanation))
+    facts = explanation.to_dict() | ({"plan_source": explanation.plan_source} if options.plan else {})
+    shown = f"{explanation}\n\n{explanation.plan_source}" if options.plan else str(explanation)
+    print(json.dumps(facts, indent=1) if options.json else shown)
     return 0 if all(check.ok for check in checks) else 1
