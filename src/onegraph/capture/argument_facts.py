@@ -14,8 +14,8 @@ import torch
 
 from onegraph.capture.inputs import CallInputs
 from onegraph.capture.roots import Scope, argument_expression, as_written
-from onegraph.capture.state import fact_read
 from onegraph.capture.state_check import evaluate, state_check
+from onegraph.capture.value_reads import fact_read
 from onegraph.errors import CaptureError
 from onegraph.ir.ledger import StateRead
 from onegraph.torch_compat.guards import GuardFact

@@ -11,17 +11,17 @@ import ast
 import enum
 import functools
 import inspect
-import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from onegraph.capture.descriptions import described, has_a_name, number_of_hooks, one_object, short, type_name
+from onegraph.capture.descriptions import described, has_a_name, number_of_hooks, one_object, type_name
 from onegraph.capture.inputs import CallInputs
 from onegraph.capture.roots import Scope, as_written, root, rooted_expression, scope_of
 from onegraph.capture.state_check import LITERALS, differs, evaluate
+from onegraph.capture.value_reads import CHECKED_ELSEWHERE, object_read, own_attribute_read, state_read
 from onegraph.env import process_variables
 from onegraph.errors import CaptureError
 from onegraph.ir.graph import WeightInput
@@ -31,7 +31,6 @@ from onegraph.torch_compat.guards import GuardFact
 from onegraph.torch_compat.identity import Identities, Places
 from onegraph.torch_compat.lookups import UsedBuiltin
 from onegraph.torch_compat.shapes import is_torch_file
-from onegraph.torch_compat.tensor_checks import KindCheck
 from onegraph.torch_compat.torch_state import GLOBAL_READS
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -43,22 +42,6 @@ _GLOBAL_HOOKS = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
-
-# Guards on what the input contract or the ledger of shapes checks, or what the compiled code never does.
-_CHECKED_ELSEWHERE = frozenset(
-    {
-        "SHAPE_ENV",
-        "GRAD_MODE",  # read by name where the user's code asks; the entry runs without gradients in any mode
-        "AUTOGRAD_SAVED_TENSORS_HOOKS",  # inference saves nothing
-        "GLOBAL_STATE",  # read by name, in GLOBAL_READS
-        "DEFAULT_DEVICE",
-        "DETERMINISTIC_ALGORITHMS",
-        "TORCH_FUNCTION_STATE",
-        "FSDP_TRAINING_STATE",
-        "DUPLICATE_INPUT",  # `identities` has all of them
-    }
-)
-
 
 _BUILTIN = (dict, list, tuple)
 
@@ -124,18 +107,18 @@ def state_reads(
         known = pinned is not None or expression[0] in objects.volatile
         told = (fact.kind == "SAME" and known) or (fact.kind == "TYPE_MATCH" and pinned is not None)
         if isinstance(value, torch.Tensor) or not told:
-            read = _read(fact, expression, value, by_tensor, shown)
+            read = object_read(fact, expression, value, by_tensor, shown)
             reads += [read] if read is not None else []
         if fact.name in counters:  # an input, of which torch assumes that it isn't negative
             reads.append(
-                _state_read(
+                state_read(
                     f"the sign of {shown}", fact.user, expression, "{x} < 0", lambda now: "< 0" if now < 0 else ">= 0"
                 )
             )
         if isinstance(value, torch.Tensor) and asks_for_gradients:
             flag = f"{expression[0]}.requires_grad", expression[1]
             reads.append(
-                _state_read(f"{shown}.requires_grad", fact.user, flag, f"{{x}} is not {value.requires_grad}", described)
+                state_read(f"{shown}.requires_grad", fact.user, flag, f"{{x}} is not {value.requires_grad}", described)
             )
         if fact.kind == "TYPE_MATCH" and type(value) not in _BUILTIN:
             classes[id(type(value))] = type(value)
@@ -159,7 +142,7 @@ def state_reads(
 def _with_other_places(facts: Iterable[GuardFact], same: Iterable[Places]) -> Iterator[GuardFact]:
     """The facts about state, and of the kind SAME that an object which was read stands at each of its places."""
     for fact in facts:
-        if fact.name and fact.kind not in _CHECKED_ELSEWHERE:
+        if fact.name and fact.kind not in CHECKED_ELSEWHERE:
             yield fact
     for pair in same:
         yield GuardFact(pair.left, "SAME", pair.user, {})
@@ -174,7 +157,7 @@ def _compared_reads(compared: Iterable[Places], scope: Scope) -> Iterator[StateR
             both = f"({roots[0][0]}, {roots[1][0]})", {**roots[0][1], **roots[1][1]}
             what = f"{as_written(pair.left, scope)} is {as_written(pair.right, scope)}"
             condition = f"({{x}}[0] is {{x}}[1]) is not {_are_same(evaluate(*both))}"
-            yield _state_read(what, pair.user, both, condition, _are_same)
+            yield state_read(what, pair.user, both, condition, _are_same)
         elif roots[0] is not None or roots[1] is not None:
             left, right = as_written(pair.left, scope), as_written(pair.right, scope)
             raise CaptureError(
@@ -182,22 +165,6 @@ def _compared_reads(compared: Iterable[Places], scope: Scope) -> Iterator[StateR
                 where=pair.user,
                 hint="ask it outside of the module, and pass the answer as an argument",
             )
-
-
-def _state_read(
-    what: str,
-    user: str | None,
-    rooted: tuple[str, Mapping[str, Any]],
-    condition: str,
-    describe: Callable[[Any], str],
-    **constants: Any,
-) -> StateRead:
-    """A read whose value now is the expected one. In `condition`, `{x}` is the value and `$name` a constant."""
-    text, names = rooted
-    named = re.sub(r"\$(\w+)", lambda match: f"_v{id(constants[match[1]]):x}", condition)
-    value = evaluate(text, names)
-    entry = StateEntry(what, describe(value), user=user, portable=describe is not described or has_a_name(value))
-    return StateRead(entry, text, named, {**names, **{f"_v{id(c):x}": c for c in constants.values()}}, describe)
 
 
 _WITHOUT_IDENTITY = (
@@ -244,7 +211,7 @@ class _Objects:
         words = one_object(value, first_place if first_place != what else None)
         condition = "{x} is not $object"
         if type(value).__flags__ & _IS_HEAP_TYPE:  # whose __class__ may be assigned
-            return _state_read(
+            return state_read(
                 what,
                 user,
                 rooted,
@@ -253,7 +220,7 @@ class _Objects:
                 object=value,
                 cls=type(value),
             )
-        return _state_read(what, user, rooted, condition, words, object=value)
+        return state_read(what, user, rooted, condition, words, object=value)
 
     def replaced(self) -> Iterator[StateRead]:
         """For each object that calls replace: it is none of the pinned, and each other one is or isn't the same."""
@@ -262,114 +229,16 @@ class _Objects:
             if id(value) in self.pinned:
                 yield self.pin((text, names), value, what, user)
             else:
-                yield _state_read(
-                    what, user, (text, names), "$id({x}) in $pinned", type_name, id=id, pinned=self.pinned
-                )
+                yield state_read(what, user, (text, names), "$id({x}) in $pinned", type_name, id=id, pinned=self.pinned)
             for other, (other_value, other_names, other_what, _) in volatile[:index]:
                 both = f"({text}, {other})", {**names, **other_names}
                 same = value is other_value
                 condition = f"({{x}}[0] is {{x}}[1]) is not {same}"
-                yield _state_read(f"{what} is {other_what}", user, both, condition, _are_same)
+                yield state_read(f"{what} is {other_what}", user, both, condition, _are_same)
 
 
 def _are_same(pair: tuple[Any, Any]) -> str:
     return str(pair[0] is pair[1])
-
-
-def _read(
-    fact: GuardFact, rooted: tuple[str, dict[str, Any]], value: Any, by_tensor: Mapping[int, WeightInput], what: str
-) -> StateRead | None:
-    read = functools.partial(_state_read, what, fact.user, rooted)
-    if isinstance(value, torch.Tensor) and fact.kind not in ("HASATTR", "NOT_PRESENT_IN_GENERIC_DICT"):
-        weight = by_tensor.get(id(value))
-        if weight is None:
-            return read("{x} is not $tensor or not $same(({x},))", described, tensor=value, same=KindCheck((value,)))
-        return read(
-            "{x} is not $holder[$key] or {x} is None",
-            lambda now: weight.name if now is weight.holder[weight.key] else described(now),
-            holder=weight.holder,
-            key=weight.key,
-        )
-    return _value_read(fact, read, value)
-
-
-def fact_read(fact: GuardFact, rooted: tuple[str, dict[str, Any]], value: Any, what: str) -> StateRead | None:
-    """The read of one fact about an argument, where `value` stood; None for what is compared elsewhere.
-
-    Of a tensor its class and its attributes are compared, not which one it is.
-    """
-    if fact.kind in _CHECKED_ELSEWHERE or (
-        isinstance(value, torch.Tensor) and fact.kind not in ("TYPE_MATCH", "HASATTR", "NOT_PRESENT_IN_GENERIC_DICT")
-    ):
-        return None
-    return _value_read(fact, functools.partial(_state_read, what, fact.user, rooted), value)
-
-
-def _value_read(fact: GuardFact, read: Callable[..., StateRead], value: Any) -> StateRead | None:
-    kind, attribute, key = fact.kind, fact.keywords.get("attr"), fact.keywords.get("key")
-    if kind == "TYPE_MATCH":
-        return read("$type({x}) is not $expected", type_name, type=type, expected=type(value))
-    if kind == "HASATTR":
-        has = hasattr(value, str(attribute))
-        return read(
-            f"$hasattr({{x}}, {attribute!r}) is not {has}",
-            lambda now: f"{'with' if hasattr(now, str(attribute)) else 'without'} {attribute}",
-            hasattr=hasattr,
-        )
-    if kind == "NOT_PRESENT_IN_GENERIC_DICT":
-        return _own_attribute_read(read, value, str(attribute))
-    if kind in ("DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"):
-        there = key in value
-        return read(
-            f"($key in {{x}}) is not {there}", lambda now: f"{'with' if key in now else 'without'} {key!r}", key=key
-        )
-    if kind == "EMPTY_NN_MODULE_HOOKS_DICT":
-        return read("{x}", number_of_hooks)
-    if kind in ("DICT_KEYS_MATCH", "MAPPING_KEYS_CHECK"):
-        return read("$list({x}) != $keys", lambda now: short(f"keys {list(now)!r}"), list=list, keys=list(value))
-    if kind == "SEQUENCE_LENGTH":
-        return read(
-            "$type({x}) is not $expected or $len({x}) != $length",
-            lambda now: f"{type(now).__name__} of length {len(now)}",
-            type=type,
-            expected=type(value),
-            len=len,
-            length=len(value),
-        )
-    if kind in ("NOT_NONE_MATCH", "WEAKREF_ALIVE"):
-        return read("{x} is None", lambda now: "None" if now is None else "not None")
-    if isinstance(value, types.FunctionType):
-        if kind == "CLOSURE_MATCH":  # its closure and defaults have reads of their own
-            return read("{x}.__code__ is not $code", described, code=value.__code__)
-        return read("{x} is not $function or {x}.__code__ is not $code", described, function=value, code=value.__code__)
-    if value is None or isinstance(value, bool):
-        return read(f"{{x}} is not {value}", described)
-    if isinstance(value, set):
-        return read("$differs([*{x}], $items)", described, differs=differs, items=[*value])
-    if isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
-        return read("$repr({x}.__reduce__()) != $state", described, repr=repr, state=repr(value.__reduce__()))
-    if isinstance(value, tuple) and kind == "CONSTANT_MATCH":
-        return read("$differs({x}, $value)", described, differs=differs, value=_copied(value))
-    if isinstance(value, LITERALS) or kind in ("CONSTANT_MATCH", "EQUALS_MATCH", "CONSTANT_SUBCLASS_MATCH"):
-        return read("{x} is not $value and $differs({x}, $value)", described, value=value, differs=differs)
-    return read("{x} is not $object", described, object=value)
-
-
-def _copied(value: Any) -> Any:
-    """The value with the containers inside it copied, which may change."""
-    if type(value) in (tuple, list, set):
-        return type(value)(map(_copied, value))
-    return {key: _copied(item) for key, item in value.items()} if type(value) is dict else value
-
-
-def _own_attribute_read(read: Callable[..., StateRead], value: Any, attribute: str) -> StateRead | None:
-    """The class decides what `attribute` is, as long as the object has none of its own."""
-    if not hasattr(value, "__dict__"):
-        return None
-    return read(
-        f"{attribute!r} in {{x}}.__dict__",
-        lambda now: f"{'with' if attribute in vars(now) else 'without'} {attribute} of its own",
-    )
 
 
 def _method_reads(classes: Iterable[type], traced: set[types.CodeType]) -> Iterator[StateRead]:
@@ -398,7 +267,7 @@ _INNER: dict[type, str] = {classmethod: "__func__", staticmethod: "__func__", pr
 def _size_read(cls: type) -> StateRead:
     """A further attribute may answer what tracing asked in vain, as `__len__` does for `if object:`."""
     text, names = root(cls)
-    return _state_read(
+    return state_read(
         f"{cls.__qualname__}.__dict__",
         None,
         (f"{text}.__dict__", names),
@@ -414,7 +283,7 @@ def _function_reads(
     """The code that was inlined, and what its call adds to it: defaults, and the variables of its closure."""
     code = function.__code__
     text, names = rooted
-    read = functools.partial(_state_read, user=f"{code.co_filename}:{code.co_firstlineno}")
+    read = functools.partial(state_read, user=f"{code.co_filename}:{code.co_firstlineno}")
     yield read(what, rooted=rooted, condition="{x}.__code__ is not $code", describe=described, code=code)
     for attribute in ("__defaults__", "__kwdefaults__", "__closure__"):
         value = getattr(function, attribute)
@@ -434,7 +303,7 @@ def _words_of(value: Any) -> Callable[[Any], str]:
 
 def _builtin_read(used: UsedBuiltin) -> StateRead:
     """A global of the same name would hide the builtin."""
-    return _state_read(
+    return state_read(
         used.name,
         used.user,
         root(used.globals_read),
@@ -446,19 +315,19 @@ def _builtin_read(used: UsedBuiltin) -> StateRead:
 def _owner_reads(owner: torch.nn.Module) -> Iterator[StateRead]:
     """What `module(...)` would do beside its forward, and which forward it has."""
     text, names = root(owner)
-    yield _state_read("self.training", None, (f"{text}.training", names), f"{{x}} is not {owner.training}", described)
+    yield state_read("self.training", None, (f"{text}.training", names), f"{{x}} is not {owner.training}", described)
     for hooks in _HOOKS:
         if not getattr(owner, hooks):
-            yield _state_read(f"self.{hooks}", None, (f"{text}.{hooks}", names), "{x}", number_of_hooks)
+            yield state_read(f"self.{hooks}", None, (f"{text}.{hooks}", names), "{x}", number_of_hooks)
     if "forward" not in vars(owner):
-        own = _own_attribute_read(functools.partial(_state_read, "self", None, (text, names)), owner, "forward")
+        own = own_attribute_read(functools.partial(state_read, "self", None, (text, names)), owner, "forward")
         if own is not None:
             yield own
     text, names = root(torch.nn.modules.module)
     for hooks in _GLOBAL_HOOKS:
         if not getattr(torch.nn.modules.module, hooks):
             what = f"torch.nn.modules.module.{hooks}"
-            yield _state_read(what, None, (f"{text}.{hooks}", names), "{x}", number_of_hooks)
+            yield state_read(what, None, (f"{text}.{hooks}", names), "{x}", number_of_hooks)
 
 
 def _environment_reads(traced: Iterable[types.CodeType], user: str | None) -> Iterator[StateRead]:
@@ -482,7 +351,7 @@ def _environment_reads(traced: Iterable[types.CodeType], user: str | None) -> It
     raw = {**variables._data}  # type: ignore[attr-defined]
     text, names = root(variables)
     condition = "{x}._data != $raw"
-    yield _state_read("os.environ", user, (text, names), condition, described, raw=raw)
+    yield state_read("os.environ", user, (text, names), condition, described, raw=raw)
 
 
 def reads_grad_mode(facts: Iterable[GuardFact]) -> bool:
@@ -494,7 +363,7 @@ def _global_reads(grad_mode: bool) -> Iterator[StateRead]:
     getters = {**GLOBAL_READS, **({"torch.is_grad_enabled()": torch.is_grad_enabled} if grad_mode else {})}
     for what, getter in getters.items():
         text, names = root(getter)
-        yield _state_read(what, None, (f"{text}()", names), "{x} != $value", described, value=getter())
+        yield state_read(what, None, (f"{text}()", names), "{x} != $value", described, value=getter())
 
 
 def _fold_read(folded: FoldedCall) -> StateRead:

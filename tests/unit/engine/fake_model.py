@@ -57,6 +57,9 @@ class FakeModel:
     def check_state(self) -> None:
         self.num_state_checks += 1
 
+    def demote(self, error: BaseException) -> bool:
+        return False
+
     @property
     def original(self) -> Any:
         return self
