@@ -198,6 +198,6 @@ class Explanation:
 
 
 def _numbers(values: list[int]) -> str:
-    """`2, 4, 6, … 58`: the first three and the last."""
+    """`2, 4, 6 … 58`: the first three and the last, or all of a few."""
     shown = [str(value) for value in values]
-    return ", ".join(shown if len(shown) <= 4 else [*shown[:3], "…", shown[-1]])
+    return ", ".join(shown) if len(shown) <= 4 else f"{', '.join(shown[:3])} … {shown[-1]}"

@@ -75,7 +75,7 @@ def test_equal_layers_are_compiled_once(fresh_cache: Any) -> None:
         started(Tower(32).eval(), backend="inductor")
     text = str(compiled.explain())
     assert "65: 33 compiled, of which 3 differ, and 32 of splitting ops" in text
-    assert re.search(r"piece 2 \(also 4, 6, 8, … 62\) .*layers", text)
+    assert "piece 2 (also 4, 6, 8 … 62) layers.1.up to layers.1" in text
     assert f"split at torch.sin at {__file__}:" in text
 
 
@@ -166,7 +166,7 @@ def test_items_stay_with_the_op_that_gives_them() -> None:
 
     compiled = started(function, splitting_ops=["torch.sort"])
     assert kinds(compiled) == ["piece", "op", "piece"]
-    assert "getitem" in compiled.explain().plan_source.split("__piece_1(")[0].splitlines()[-1]
+    assert "values, order = __piece_1(__args)" in compiled.explain().plan_source
 
 
 def test_splitting_ops_in_a_row_are_one_piece_with_the_views_between_them() -> None:
@@ -191,9 +191,7 @@ def test_memory_that_is_made_in_front_keeps_layers_equal() -> None:
 
 
 def test_without_splitting_ops_there_is_one_piece() -> None:
-    for ops in ([], ["torch.sin"]):
-        compiled = started(torch.nn.Sequential(nn.Linear(4, 4), nn.ReLU()), splitting_ops=[])
-        assert kinds(compiled) == ["piece"], ops
+    assert kinds(started(Tower(2).eval(), splitting_ops=[])) == ["piece"]
 
 
 def test_an_op_that_the_model_never_calls_is_an_error() -> None:
