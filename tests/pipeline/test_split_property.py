@@ -79,6 +79,7 @@ def check_case(seed: int, folder: Path, backend: str) -> tuple[list[str], int]:
     return used, len(split.explain().pieces)
 
 
+@pytest.mark.timeout(1800)
 def test_split_equals_eager(tmp_path: Path) -> None:
     used: Counter[str] = Counter()
     num_pieces = 0
@@ -91,6 +92,7 @@ def test_split_equals_eager(tmp_path: Path) -> None:
     assert num_pieces > 3 * NUM_CASES
 
 
+@pytest.mark.timeout(1800)
 def test_split_equals_eager_with_inductor(tmp_path: Path) -> None:
     for seed in range(10_000, 10_000 + NUM_INDUCTOR_CASES):
         check_case(seed, tmp_path, "inductor")
