@@ -6,7 +6,6 @@ are repeated or cut to the size, so that whatever indices they hold stay valid.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from onegraph.capture.inputs import read_call
+from onegraph.capture.signatures import call_signature
 from onegraph.errors import ConfigError
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import ShapeEntry
@@ -56,8 +56,7 @@ def check_sizes(
 
     Raises ConfigError if the example doesn't fit the declared dims.
     """
-    function = original.forward if isinstance(original, torch.nn.Module) else original
-    inputs = read_call(inspect.signature(function), args, kwargs, dynamic_shapes, max_size)
+    inputs = read_call(call_signature(original), args, kwargs, dynamic_shapes, max_size)
     if not inputs.dims:
         yield SizeCheck(0, check_call(compiled, original, args, kwargs))
         return

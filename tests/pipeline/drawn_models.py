@@ -59,6 +59,7 @@ class Case:
     kind: str = "module"
     result: str = "dict"
     context: str = "torch.enable_grad()"
+    decorator: str = ""
     options: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -104,6 +105,7 @@ class Case:
                 "        super().__init__()",
                 textwrap.indent("\n".join(texts("init")), " " * 8),
                 "",
+                *([f"    {self.decorator}"] if self.decorator else []),
                 f"    def forward(self, {signature}):",
                 "        h, n, outs = x, x.shape[0], {}",
                 textwrap.indent(body, " " * 8),
@@ -167,6 +169,18 @@ class Batch:
     more: list
 
 Pair = collections.namedtuple("Pair", ["left", "right"])
+
+def handed_on(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+    return wrapper
+
+def of_a_module(function):
+    @functools.wraps(function)
+    def wrapper(self, *rest, **named):
+        return function(self, *rest, **named)
+    return wrapper
 '''
 
 Draw = Callable[[Random, tuple[int, int]], Part]
@@ -715,6 +729,8 @@ OPTIONS: tuple[dict[str, str], ...] = (
 )
 """Fields of CompilationConfig that a case draws one of."""
 
+DECORATORS = ("", "", "", "@torch.no_grad()", "@torch.inference_mode()", "@handed_on", "@of_a_module")
+
 
 def draw_case(seed: int, first: str | None = None, max_parts: int = 4, max_changes: int = 2) -> Case:
     """The case of a seed. Its first construct goes round with the seed, or is `first`."""
@@ -746,6 +762,7 @@ def draw_case(seed: int, first: str | None = None, max_parts: int = 4, max_chang
         result=r.choice(["dict", "tuple", "dataclass"]),
         context=r.choice(["torch.enable_grad()", "torch.no_grad()", "torch.inference_mode()"]),
         options=r.choice(OPTIONS),
+        decorator=r.choice(DECORATORS),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -311,6 +312,42 @@ class PrintingMLP(LlamaMLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         print("rows", x.shape[1])
         return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.cat(x.chunk(2)[::-1]),
+        lambda x: torch.cat(x.split(16)[::-1]),
+        lambda x: x * torch.linspace(0, 1, x.shape[0])[:, None],
+        lambda x: x * math.log(x.shape[0]),
+        lambda x: x * x.shape[0].bit_length(),
+        lambda x: sum(x.unbind(0)),
+    ],
+    ids=["chunk", "split", "linspace", "logarithm", "bit length", "unbind"],
+)
+def test_a_number_from_a_size_is_told_as_such_and_may_be_split(function: Callable[..., Any]) -> None:
+    error = refused(function)
+    assert "[OG-CONSTRAINT] the model needs a number that follows from a size that is declared dynamic:" in str(error)
+    assert "rows" in error.constraints[0].expr
+    assert 'on_constraint="split"' in str(error)
+    few = {"x": {0: Dim("rows", min=30, max=34)}}
+    split = onegraph.compile(function, dynamic_shapes=few, config={**EAGER, "on_constraint": "split"})
+    for rows in range(30, 35):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(split(x), function(x))
+
+
+def test_a_range_that_would_be_split_into_many_tells_the_first_conditions() -> None:
+    compiled = onegraph.compile(
+        lambda x: x * x.shape[0].bit_length(),
+        dynamic_shapes={"x": {0: Dim("rows", min=1, max=64)}},
+        config={**EAGER, "on_constraint": "split"},
+    )
+    with pytest.raises(ConstraintError, match=r"more than 8 regions") as caught:
+        compiled(torch.randn(8, 4))
+    assert len(caught.value.constraints) > 8
+    assert f"and {len(caught.value.constraints) - 8} more" in str(caught.value)
 
 
 @pytest.mark.parametrize(("mlp", "kind"), [(BranchingMLP, ConstraintError), (PrintingMLP, CaptureError)])

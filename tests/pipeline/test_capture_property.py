@@ -270,6 +270,8 @@ def allowed_errors(case: Case, index: int, changed: bool, built: bool) -> set[st
         allowed |= {"ShapeOutOfRangeError"} | (set() if built else {"ConfigError"})
     if changed and case.options.get("on_state_change") == "error":
         allowed.add("StateChangedError")
+    if case.decorator and case.kind != "function" and len({call.positional for call in case.calls[: index + 1]}) > 1:
+        allowed.add("InputContractError")  # the decorator sees whether x is given by position
     if {"on_constraint", "dynamic_shapes"} & case.options.keys():
         allowed.add("CaptureError")  # these trace at sizes where eager may fail too, such as a maximum of no rows
     return allowed

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +20,12 @@ from onegraph.capture.contract import input_contract
 from onegraph.capture.dropout import settle_dropout
 from onegraph.capture.effects import refuse_effects
 from onegraph.capture.failures import capture_error, refuse_host_reads
+from onegraph.capture.inference_mode import drop_inference_mode
 from onegraph.capture.inputs import CallInputs, read_call
 from onegraph.capture.regions import UNBACKED, Sizing
 from onegraph.capture.roots import Scope, rooted_expression, scope_of
 from onegraph.capture.runtime_asserts import drop_judged_asserts
+from onegraph.capture.signatures import call_signature, traced_function
 from onegraph.capture.state import reads_grad_mode, state_reads
 from onegraph.capture.state_check import evaluate
 from onegraph.capture.weights import lift_weights
@@ -59,9 +59,7 @@ def capture(
     line and torch's hint), ConstraintError (the model needs more than was declared).
     """
     function, owner = traced_function(module)
-    hooked = isinstance(module, torch.nn.Module) and function is not getattr(module.forward, "__func__", None)
-    signature = inspect.signature(module.forward) if hooked else _signature_without_self(function, owner)
-    inputs = read_call(signature, args, kwargs, dynamic_shapes, max_size, hooked=hooked, sizing=sizing)
+    inputs = read_call(call_signature(module), args, kwargs, dynamic_shapes, max_size, sizing=sizing)
     counters.add("dynamo_compiles")
     trace = functools.partial(dynamo.capture, size_oblivious=sizing.mode == "backed_size_oblivious")
     try:
@@ -101,24 +99,6 @@ def _with_counters_as_inputs(
     return raw if again.changed_state else dataclasses.replace(again, counted=raw.changed_state)
 
 
-def traced_function(module: Any) -> tuple[Any, Any]:
-    """The Python function that is traced, and the object that is its `self`, or None.
-
-    Raises CaptureError for what isn't a module, a method or a Python function.
-    """
-    try:
-        return dynamo.traced_function(module)
-    except (RuntimeError, AttributeError) as error:
-        raise CaptureError(
-            f"{module!r:.80} can't be captured: it is a {type(module).__name__}",
-            hint="pass an nn.Module, a method or a Python function",
-        ) from error
-
-
-def _signature_without_self(function: Any, owner: Any) -> inspect.Signature:
-    return inspect.signature(function if owner is None else types.MethodType(function, owner))
-
-
 def _captured_graph(
     raw: dynamo.RawCapture,
     inputs: CallInputs,
@@ -135,6 +115,7 @@ def _captured_graph(
     )
     declare_cache_writes(graph_module)
     settle_dropout(graph_module)
+    drop_inference_mode(graph_module)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     fake_inputs = tuple(node.meta["example_value"] for node in placeholders)
     fakes = dict(zip(raw.sources, fake_inputs[len(weights) :], strict=True))

@@ -156,6 +156,10 @@ def refuse_narrowing(entries: Iterable[ShapeEntry], dims: tuple[DynamicDim, ...]
         raise report.error(f"the model works only for a part of the declared range ({declared})")
 
 
+_TOLD = 8
+"""So many conditions stand in an error's text; `constraints` has all."""
+
+
 @dataclass(frozen=True)
 class ConstraintReport:
     """Conditions that a declared range doesn't imply, as one error: what, where, why it matters, and the ways out."""
@@ -170,7 +174,8 @@ class ConstraintReport:
     def error(self, summary: str) -> ConstraintError:
         """The error, which begins with `summary`."""
         first = self.entries[0]
-        lines = [f"{summary}:", *(f"    {entry.expr}" for entry in self.entries)]
+        told, more = self.entries[:_TOLD], len(self.entries) - _TOLD
+        lines = [f"{summary}:", *(f"    {entry.expr}" for entry in told), *([f"    and {more} more"] * (more > 0))]
         lines.append("  One graph serves every size of the range, so it can't take one side for all of them.")
         return ConstraintError(
             "\n".join(lines),

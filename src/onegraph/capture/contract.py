@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from onegraph.capture.fast_contract import fast_path
-from onegraph.capture.inputs import CallInputs, Container, Leaf, out_of_range
+from onegraph.capture.inputs import KEYWORD_ARGUMENTS, POSITIONAL_ARGUMENTS, CallInputs, Container, Leaf, out_of_range
 from onegraph.capture.regions import PREDICATE_FUNCTIONS, predicate_code
 from onegraph.capture.state_check import differs
 from onegraph.errors import CaptureError, ConfigError, ConstraintError, InputContractError
@@ -85,7 +85,7 @@ def input_contract(
     Raises CaptureError for an input whose strides follow a size in a way that can't be told in its dims, and for an
     argument whose name the generated checks use.
     """
-    for name in inputs.signature.parameters:
+    for name in inputs.signature.traced.parameters:
         if _GENERATED_NAMES.fullmatch(name):
             raise CaptureError(f"an argument is named {name!r}, as the checks of the call are", hint="rename it")
     code = _Code()
@@ -316,7 +316,7 @@ def _stride_code(step: Any, sizes: Mapping[str, str], symbols: Mapping[str, str]
 
 def _signature_code(inputs: CallInputs, code: _Code) -> tuple[str, str]:
     """The parameters of the entry function, and the arguments with which it calls on, as source."""
-    signature = inputs.signature
+    signature = inputs.signature.traced
     parameters: list[str] = []
     arguments: list[str] = []
     kinds = [p.kind for p in signature.parameters.values()]
@@ -367,10 +367,14 @@ def _changed(entry: InputEntry, describe: Callable[[Any], str], now: Any) -> Non
 
 
 def _refuse(entry: InputEntry, why: str) -> NoReturn:
+    handed_on = entry.path in (POSITIONAL_ARGUMENTS, KEYWORD_ARGUMENTS)
     raise InputContractError(
         f"{entry.path} broke the input contract: {why}",
         where=f"argument {entry.path}",
-        hint="declare sizes that change in dynamic_shapes, pass values that change as tensors, or compile once "
+        hint="give the same arguments by position and the same by name as in the first call: a decorator or hooks, "
+        "which take *args and **kwargs, stand before forward"
+        if handed_on
+        else "declare sizes that change in dynamic_shapes, pass values that change as tensors, or compile once "
         "more for the other kind of call",
     )
 

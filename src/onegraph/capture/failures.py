@@ -60,8 +60,11 @@ def capture_error(error: BaseException, module: Any, inputs: CallInputs) -> Oneg
                 where=_place(user),
                 hint="choose with torch.where(condition, a, b), or pass the value as an argument",
             )
-        return ConstraintReport((entry,), inputs.dims, either=True).error(
+        decides = shapes.is_condition(failure.condition)
+        return ConstraintReport((entry,), inputs.dims, either=decides).error(
             "the model decides on a size that is declared dynamic"
+            if decides
+            else "the model needs a number that follows from a size that is declared dynamic"
         )
     return CaptureError(
         f"the module can't be captured as one graph: {failure.reason}",

@@ -7,10 +7,8 @@ the caller's (their contents are never read or changed), and one `Leaf` for each
 from __future__ import annotations
 
 import dataclasses
-import enum
 import inspect
 import keyword
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +16,16 @@ from typing import Any
 import torch
 from torch.export import Dim
 
+from onegraph.capture.dim_specs import child_spec, dim_items, is_static, specs_by_name
 from onegraph.capture.regions import PREDICATE_FUNCTIONS, UNBACKED, Sizing
-from onegraph.errors import CaptureError, ConfigError, ShapeOutOfRangeError, nearest
+from onegraph.capture.signatures import HANDED_ON, CallSignature
+from onegraph.errors import CaptureError, ConfigError, ShapeOutOfRangeError
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.region import canonical_hint
 from onegraph.torch_compat import dynamo
 
-Constant = type(None) | bool | int | float | complex | str | bytes | torch.dtype | torch.device | enum.Enum
+POSITIONAL_ARGUMENTS, KEYWORD_ARGUMENTS = "the positional arguments", "the keyword arguments"
+"""The paths of `*args` and `**kwargs` that the written signature doesn't have."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,16 @@ class Leaf:
 class Container:
     """A container on the way to the leaves: its type and its length or keys must stay.
 
-    `twin` is the path of the same object at an earlier place, whose leaves are also those of this one.
+    `path`, `source` and `code` are as for a leaf. `twin` is the same object at an earlier place, whose leaves are
+    also those of this one.
     """
 
     path: str
+    source: str
     code: str
     kind: type
     keys: tuple[Any, ...] | int
     twin: Container | None = None
-
-    @property
-    def source(self) -> str:
-        """Dynamo's name of it."""
-        return re.sub(r"^\w+", lambda name: f"L[{name[0]!r}]", self.code)
 
     @property
     def is_mutable(self) -> bool:
@@ -71,11 +69,10 @@ class Container:
 class CallInputs:
     """A call ready to be traced. `args` and `kwargs` replace the caller's.
 
-    `signature` is that of the traced function, `given` and `traced` the caller's arguments and those in their place,
-    by its parameters.
+    `given` and `traced` are the caller's arguments and those in their place, by the parameters of the traced function.
     """
 
-    signature: inspect.Signature
+    signature: CallSignature
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     given: Mapping[str, Any]
@@ -86,46 +83,39 @@ class CallInputs:
 
 
 def read_call(
-    signature: inspect.Signature,
+    signature: CallSignature,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dynamic_shapes: Any,
     max_size: int,
     *,
-    hooked: bool = False,
     sizing: Sizing = UNBACKED,
 ) -> CallInputs:
     """Binds the call and marks its dynamic dims. `max_size` bounds a Dim that was declared without a max.
     With backed sizes the example is replaced by memory of the sample's sizes.
 
-    With `hooked` the traced function is a module's `__call__`, which takes `*args` and `**kwargs` and hands them to
-    hooks: they stay as they were given, without the defaults of `signature`.
     Raises ConfigError for arguments that don't fit the signature, or dims that don't fit the arguments.
     """
+    bound = _bound(signature.traced, args, kwargs)
     try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise ConfigError(f"the call doesn't fit the module: {error}", where=f"forward{signature}") from error
+        written = signature.written
+        by_name = _bound(written, args, kwargs)
+    except ConfigError:
+        if signature.traced == HANDED_ON:
+            raise
+        written, by_name = signature.traced, bound  # a decorator that adds or drops arguments
+    specs = specs_by_name(dynamic_shapes, written, by_name)
+    given = dict(bound.arguments)
     walk = _Walk(max_size, sizing)
-    if hooked:
-        specs = _specs_by_name(dynamic_shapes, signature, bound)
-        given = {"args": args, "kwargs": kwargs}
-        traced = _walk_hooked(walk, signature, args, kwargs, specs)
-        bound = _CALL.bind(*traced["args"], **traced["kwargs"])
-    else:
-        bound.apply_defaults()
-        specs = _specs_by_name(dynamic_shapes, signature, bound)
-        given = dict(bound.arguments)
-        for name, value in given.items():
-            bound.arguments[name] = walk.visit(value, name, f"L[{name!r}]", name, specs.get(name))
-        traced = dict(bound.arguments)
+    for name, value in _traced_arguments(walk, signature, written, given, specs):
+        bound.arguments[name] = value
     dims = {dim.name: dim for dim in walk.declared()}
     return CallInputs(
-        signature=_CALL if hooked else signature,
+        signature=signature,
         args=bound.args,
         kwargs=bound.kwargs,
         given=given,
-        traced=traced,
+        traced=dict(bound.arguments),
         leaves=tuple(
             dataclasses.replace(leaf, dims={i: dims[dim.name] for i, dim in leaf.dims.items()}) for leaf in walk.leaves
         ),
@@ -134,69 +124,69 @@ def read_call(
     )
 
 
-_CALL = inspect.signature(lambda *args, **kwargs: None)
+def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"the call doesn't fit the module: {error}", where=f"forward{signature}") from error
+    bound.apply_defaults()
+    return bound
 
 
-def _walk_hooked(
-    walk: _Walk, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], specs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The arguments of `__call__` in place of the caller's; paths and specs are by the names of `signature`."""
-    kinds = inspect.Parameter
-    by_kind = {parameter.kind: name for name, parameter in signature.parameters.items()}
-    more, extra = by_kind.get(kinds.VAR_POSITIONAL, ""), by_kind.get(kinds.VAR_KEYWORD, "")
-    positional = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
-    names = [name for name, parameter in signature.parameters.items() if parameter.kind in positional]
-    walk.containers.append(Container("the positional arguments", "args", tuple, len(args)))
-    walk.containers.append(Container("the keyword arguments", "kwargs", dict, tuple(kwargs)))
+def _traced_arguments(
+    walk: _Walk,
+    signature: CallSignature,
+    written: inspect.Signature,
+    given: Mapping[str, Any],
+    specs: Mapping[str, Any],
+) -> Iterator[tuple[str, Any]]:
+    """The traced function's arguments in place of the caller's; paths and specs are by the names of `written`."""
+    by_kind = {parameter.kind: name for name, parameter in written.parameters.items()}
+    more, extra = by_kind.get(_KINDS.VAR_POSITIONAL, ""), by_kind.get(_KINDS.VAR_KEYWORD, "")
+    names = [name for name, parameter in written.parameters.items() if parameter.kind in _POSITIONAL]
+    position = 0
 
-    def visit(value: Any, name: str, rest: str, key: Any, holder: str, at: Any) -> Any:
-        spec = specs.get(name) if name else _child(specs.get(rest), key, rest)
-        path = name or f"{rest}[{key!r}]"
-        return walk.visit(value, path, f"L[{holder!r}][{at!r}]", f"{holder}[{at!r}]", spec)
+    def visit(value: Any, name: str, rest: str, key: Any, source: str, code: str) -> Any:
+        spec = specs.get(name) if name else child_spec(specs.get(rest), key, rest)
+        return walk.visit(value, name or f"{rest}[{key!r}]", source, code, spec)
 
-    return {
-        "args": tuple(
-            visit(value, names[i] if i < len(names) else "", more, i - len(names), "args", i)
-            for i, value in enumerate(args)
-        ),
-        "kwargs": {
-            key: visit(value, key if key in signature.parameters and key != extra else "", extra, key, "kwargs", key)
-            for key, value in kwargs.items()
-        },
-    }
-
-
-def _specs_by_name(dynamic_shapes: Any, signature: inspect.Signature, bound: inspect.BoundArguments) -> dict[str, Any]:
-    """The spec of each parameter; names under a **kwargs parameter may stand at the top, as in torch.export."""
-    if dynamic_shapes is None:
-        return {}
-    names = list(bound.arguments)
-    if isinstance(dynamic_shapes, tuple | list):
-        if len(dynamic_shapes) > len(names):
-            raise ConfigError(
-                f"dynamic_shapes has {len(dynamic_shapes)} entries for {len(names)} arguments",
-                where=f"forward{signature}",
+    for name, parameter in signature.traced.parameters.items():
+        value, source = given[name], f"L[{name!r}]"
+        if parameter.kind is _KINDS.VAR_POSITIONAL:
+            walk.containers.append(Container(more or POSITIONAL_ARGUMENTS, source, name, tuple, len(value)))
+            before = 1 if name == signature.self_in_rest else 0
+            yield (
+                name,
+                tuple(
+                    visit(
+                        element,
+                        names[position + i] if position + i < len(names) else "",
+                        more,
+                        position + i - len(names),
+                        f"{source}[{before + i}]",
+                        f"{name}[{i}]",
+                    )
+                    for i, element in enumerate(value)
+                ),
             )
-        return dict(zip(names, dynamic_shapes, strict=False))
-    if not isinstance(dynamic_shapes, Mapping):
-        raise ConfigError(
-            f"dynamic_shapes is a {type(dynamic_shapes).__name__}, not a dict by argument name",
-            hint='for example dynamic_shapes={"x": {0: Dim("num_tokens", min=1, max=8192)}}',
-        )
-    specs = {}
-    extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-    for name, spec in dynamic_shapes.items():
-        if name in bound.arguments:
-            specs[name] = spec
-        elif extra is not None and name in bound.arguments.get(extra, {}):
-            specs.setdefault(extra, {})[name] = spec
-        elif name not in signature.parameters and extra is None:
-            raise ConfigError(
-                f"dynamic_shapes names {name!r}, which is no argument of the module",
-                where=f"forward{signature}",
-                hint=nearest(str(name), names),
+        elif parameter.kind is _KINDS.VAR_KEYWORD:
+            walk.containers.append(Container(extra or KEYWORD_ARGUMENTS, source, name, dict, tuple(value)))
+            known = written.parameters.keys() - {extra}
+            yield (
+                name,
+                {
+                    key: visit(v, key if key in known else "", extra, key, f"{source}[{key!r}]", f"{name}[{key!r}]")
+                    for key, v in value.items()
+                },
             )
-    return specs
+        else:
+            shown = names[position] if parameter.kind in _POSITIONAL and position < len(names) else name
+            yield name, walk.visit(value, shown, source, name, specs.get(shown))
+            position += parameter.kind in _POSITIONAL
+
+
+_KINDS = inspect.Parameter
+_POSITIONAL = (_KINDS.POSITIONAL_ONLY, _KINDS.POSITIONAL_OR_KEYWORD)
 
 
 class _Walk:
@@ -221,26 +211,28 @@ class _Walk:
             return self.tensor(value, path, source, code, spec)
         if id(value) in self.rebuilt:
             container, rebuilt = self.rebuilt[id(value)]
-            self.containers.append(dataclasses.replace(container, path=path, code=code, twin=container))
+            self.containers.append(dataclasses.replace(container, path=path, source=source, code=code, twin=container))
             return rebuilt
         if type(value) is dict:
             items: dict[Any, Any] = {}
-            self.add(Container(path, code, dict, tuple(value)), value, items)
+            self.add(Container(path, source, code, dict, tuple(value)), value, items)
             for k, v in value.items():
-                items[k] = self.visit(v, f"{path}[{k!r}]", f"{source}[{k!r}]", f"{code}[{k!r}]", _child(spec, k, path))
+                items[k] = self.visit(
+                    v, f"{path}[{k!r}]", f"{source}[{k!r}]", f"{code}[{k!r}]", child_spec(spec, k, path)
+                )
             return items
         if type(value) in (list, tuple):
             elements: list[Any] = []
-            self.add(Container(path, code, type(value), len(value)), value, elements)
+            self.add(Container(path, source, code, type(value), len(value)), value, elements)
             for i, v in enumerate(value):
-                child = self.visit(v, f"{path}[{i}]", f"{source}[{i}]", f"{code}[{i}]", _child(spec, i, path))
+                child = self.visit(v, f"{path}[{i}]", f"{source}[{i}]", f"{code}[{i}]", child_spec(spec, i, path))
                 elements.append(child)
             return elements if type(value) is list else tuple(elements)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return self.named_tuple(value, path, source, code, spec)
         if dataclasses.is_dataclass(value) and not isinstance(value, type | dict):
             return self.dataclass(value, path, source, code, spec)
-        if spec is not None and not _is_static(spec):
+        if spec is not None and not is_static(spec):
             raise ConfigError(
                 f"dynamic_shapes declares a dynamic size for {path}, which is a {type(value).__name__}",
                 hint="only tensors have dynamic dims",
@@ -256,12 +248,12 @@ class _Walk:
 
     def named_tuple(self, value: Any, path: str, source: str, code: str, spec: Any) -> Any:
         """Fields are visited by name; Dynamo may name them by index."""
-        self.containers.append(Container(path, code, type(value), len(value)))
+        self.containers.append(Container(path, source, code, type(value), len(value)))
         children = []
         for i, field in enumerate(value._fields):
             seen = len(self.leaves)
-            child_spec = _child(spec, i, path, field)
-            children.append(self.visit(value[i], f"{path}.{field}", f"{source}.{field}", f"{code}.{field}", child_spec))
+            field_spec = child_spec(spec, i, path, field)
+            children.append(self.visit(value[i], f"{path}.{field}", f"{source}.{field}", f"{code}.{field}", field_spec))
             for index, leaf in enumerate(self.leaves[seen:], seen):
                 indexed = leaf.source.replace(f"{source}.{field}", f"{source}[{i}]", 1)
                 self.leaves[index] = dataclasses.replace(leaf, indexed_source=indexed)
@@ -271,7 +263,7 @@ class _Walk:
         """Fields are visited; the object is copied without its __init__, so that aliases stand in its fields."""
         names = tuple(f.name for f in dataclasses.fields(value))
         copied = object.__new__(type(value))
-        self.add(Container(path, code, type(value), -1), value, copied)
+        self.add(Container(path, source, code, type(value), -1), value, copied)
         if hasattr(value, "__dict__"):
             copied.__dict__.update(value.__dict__)
         for name in names:
@@ -280,7 +272,7 @@ class _Walk:
                 f"{path}.{name}",
                 f"{source}.{name}",
                 f"{code}.{name}",
-                _child(spec, name, path),
+                child_spec(spec, name, path),
             )
             object.__setattr__(copied, name, child)
         return copied
@@ -337,7 +329,7 @@ class _Walk:
 
     def tensor_dims(self, value: torch.Tensor, path: str, spec: Any) -> dict[int, DynamicDim]:
         declared: dict[int, DynamicDim] = {}
-        for index, item in _dim_items(spec, path):
+        for index, item in dim_items(spec, path):
             if index >= value.dim() or index < 0:
                 raise ConfigError(f"dynamic_shapes names dim {index} of {path}, which has {value.dim()} dims")
             dim = self.dim(item, path, index)
@@ -380,44 +372,6 @@ class _Walk:
                 hint="one name is one size: use the same Dim, or another name",
             )
         return known
-
-
-def _child(spec: Any, key: Any, path: str, name: str | None = None) -> Any:
-    """The spec of one child of a container: by key or index, by field name, or none."""
-    if spec is None or _is_static(spec):
-        return None
-    if isinstance(spec, Mapping):
-        return spec.get(key, spec.get(name) if name is not None else None)
-    if isinstance(spec, tuple | list) and isinstance(key, int):
-        if key >= len(spec):
-            raise ConfigError(f"dynamic_shapes has {len(spec)} entries for {path}, which has more")
-        return spec[key]
-    raise ConfigError(
-        f"dynamic_shapes gives {spec!r} for {path}, which is a container",
-        hint="nest it as the argument is nested",
-    )
-
-
-def _is_static(spec: Any) -> bool:
-    return spec is Dim.STATIC or spec == {} or spec == () or spec == []
-
-
-def _dim_items(spec: Any, path: str) -> list[tuple[int, Any]]:
-    if spec is None or spec is Dim.STATIC:
-        return []
-    if isinstance(spec, Mapping):
-        wrong = [key for key in spec if not isinstance(key, int)]
-        if wrong:
-            raise ConfigError(
-                f"dynamic_shapes gives {wrong[0]!r} for {path}", hint="a tensor's dims are numbered 0, 1, …"
-            )
-        return list(spec.items())
-    if isinstance(spec, tuple | list):
-        return list(enumerate(spec))
-    raise ConfigError(
-        f"dynamic_shapes gives {spec!r} for the tensor {path}",
-        hint='write {0: Dim("num_tokens", min=1, max=8192)}',
-    )
 
 
 def _canonical_alias(value: torch.Tensor) -> torch.Tensor:

@@ -21,17 +21,22 @@ from onegraph.torch_compat.guards import expression_scope
 
 @dataclass(frozen=True)
 class Scope:
-    """What the names in guard expressions mean: `constants` are objects that stand for whole prefixes."""
+    """What the names in guard expressions mean: `constants` are objects that stand for whole prefixes.
+
+    `self_in_rest` names the traced function's `*args` whose first is its `self`, which a call's own don't have.
+    """
 
     globals_read: Mapping[str, Any]
     constants: Mapping[str, Any]
     functions: Mapping[str, Any]
+    self_in_rest: str = ""
 
 
 def scope_of(function: Any, owner: Any, inputs: CallInputs, globals_read: Mapping[str, Any]) -> Scope:
     constants: dict[str, Any] = {}
+    rest = inputs.signature.self_in_rest
     if owner is not None:
-        constants[f"L['{function.__code__.co_varnames[0]}']"] = owner
+        constants[f"L['{rest}'][0]" if rest else f"L['{function.__code__.co_varnames[0]}']"] = owner
     for leaf in inputs.leaves:
         if not isinstance(leaf.value, (torch.Tensor, *LITERALS)):
             constants[leaf.source] = constants[leaf.indexed_source] = leaf.value
@@ -39,7 +44,7 @@ def scope_of(function: Any, owner: Any, inputs: CallInputs, globals_read: Mappin
         constants[f"type({container.source})"] = container.kind
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         constants[f"L['{name}']"] = constants[f"L[{name!r}]"] = _Cell(cell)
-    return Scope(globals_read, constants, expression_scope())
+    return Scope(globals_read, constants, expression_scope(), rest)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,9 @@ class _Roots(ast.NodeTransformer):
             key = node.slice.value if isinstance(node.slice, ast.Constant) else ast.unparse(node.slice)
             self.arguments.add(str(key))
             return ast.Name(str(key), ast.Load())
+        if self.scope.self_in_rest and ast.unparse(node.value) == f"L['{self.scope.self_in_rest}']":
+            node = ast.Subscript(node.value, ast.Constant(int(ast.unparse(node.slice)) - 1), ast.Load())
+            return self.generic_visit(node)
         if isinstance(node.value, ast.Name) and node.value.id == "G" and isinstance(node.slice, ast.Constant):
             key = str(node.slice.value)
             if key.startswith(("__import_", "__builtins_dict__")):  # Dynamo's own names for a module

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -127,6 +128,8 @@ def _noted_breaks(found: list[GraphBreak]) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     patches = {"suppress_errors": False, "verbose": False}
+    fakes_log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = fakes_log.level
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
@@ -135,7 +138,11 @@ def _quiet() -> Iterator[None]:
         torch.no_grad(),
     ):
         warnings.simplefilter("ignore")
-        yield
+        fakes_log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            fakes_log.setLevel(level)
 
 
 def _first_line(reason: str) -> str:

@@ -28,7 +28,6 @@ from torch.fx.experimental.symbolic_shapes import (
     ConstraintViolationError,
     GuardOnDataDependentSymNode,
     PendingUnbackedSymbolNotFound,
-    ShapeEnv,
 )
 
 from onegraph.torch_compat.effects import Effect, effects
@@ -36,7 +35,7 @@ from onegraph.torch_compat.folds import FoldedCall, folded_calls
 from onegraph.torch_compat.guards import GuardFact, guard_facts
 from onegraph.torch_compat.identity import Identities, identities
 from onegraph.torch_compat.lookups import UsedBuiltin, lookups
-from onegraph.torch_compat.shapes import RawCondition, asserted_while_tracing
+from onegraph.torch_compat.shapes import RawCondition, asserted_while_tracing, declared_symbols, inferred_strides
 from onegraph.torch_compat.tensor_questions import tensor_questions
 
 COMPILE_LOCK = threading.RLock()
@@ -155,6 +154,7 @@ def capture(
         dynamo.config.patch(known),
         torch.compiler.config.patch(compiler_patches),
         symbolic_config.patch(backed_size_oblivious=size_oblivious),
+        inferred_strides(),
         asserted_while_tracing() as asserted,
         folded_calls() as folded,
         identities() as decided,
@@ -271,7 +271,7 @@ def explain_failure(error: BaseException) -> CaptureFailure:
     condition, symbols = None, {}
     for cause in causes(error):
         if isinstance(cause, GuardOnDataDependentSymNode):
-            condition, symbols = cause.cond, _declared_symbols(cause)
+            condition, symbols = cause.cond, declared_symbols(cause)
     stack = getattr(error, "real_stack", None) or ()
     lines = str(error).split("\n\nfrom user code:")[0].strip().splitlines()
     hints = tuple(line.strip()[len("Hint:") :].strip() for line in lines if line.strip().startswith("Hint:"))
@@ -283,17 +283,6 @@ def explain_failure(error: BaseException) -> CaptureFailure:
         condition=condition,
         symbols=symbols,
     )
-
-
-def _declared_symbols(error: BaseException) -> dict[str, str]:
-    """Symbol -> name given to `mark_dynamic_dim`, from the shape environment that raised the error."""
-    trace = error.__traceback__
-    while trace is not None:
-        raised_by = trace.tb_frame.f_locals.get("self")
-        if isinstance(raised_by, ShapeEnv):
-            return {str(symbol): name for name, symbol in raised_by._shape_id_to_unbacked_symbol.items()}
-        trace = trace.tb_next
-    return {}
 
 
 def traced_function(callable_: Any) -> tuple[types.FunctionType, Any]:

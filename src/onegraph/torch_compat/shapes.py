@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import sympy
 import torch
 from torch._guards import TracingContext
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._sympy import functions as sympy_functions
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
@@ -30,11 +31,42 @@ def conditions(shape_env: Any) -> list[RawCondition]:
     return [*_guards(shape_env), *_deferred(shape_env), *_replacements(shape_env), *_ranges(shape_env)]
 
 
+def declared_symbols(error: GuardOnDataDependentSymNode) -> dict[str, str]:
+    """Symbol -> name given to `mark_dynamic_dim`, in the trace that raised the error."""
+    found: dict[str, str] = getattr(error, "declared_symbols", {})
+    return found
+
+
+def is_condition(expression: Any) -> bool:
+    """Whether the expression over symbols is true or false, rather than a number."""
+    return isinstance(expression, sympy.logic.boolalg.Boolean) and not expression.is_Symbol
+
+
+@contextmanager
+def inferred_strides() -> Iterator[None]:
+    """A stride that isn't the product of a size and another stride is a constant: of a slice, such as `qkv[:, :4]`.
+
+    Torch would make it a symbol that no argument of the graph gives.
+    """
+    original = ShapeEnv._compute_symbolic_stride
+    names = list(inspect.signature(original).parameters)
+
+    def inferred(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(**dict(zip(names, (self, *args), strict=False)) | kwargs | {"are_sizes_static": True})
+
+    ShapeEnv._compute_symbolic_stride = inferred  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ShapeEnv._compute_symbolic_stride = original  # type: ignore[method-assign]
+
+
 @contextmanager
 def asserted_while_tracing() -> Iterator[list[RawCondition]]:
     """Collects the conditions that tracing asserts or guards on, each with the user's line that was being traced.
 
-    The shape environment keeps the conditions without that line.
+    The shape environment keeps the conditions without that line. An error for a condition that can't be decided gets
+    the names of the symbols that were given to `mark_dynamic_dim`, for `declared_symbols`.
     """
     found: list[RawCondition] = []
     original, evaluate = ShapeEnv.guard_or_defer_runtime_assert, ShapeEnv.evaluate_expr
@@ -46,7 +78,12 @@ def asserted_while_tracing() -> Iterator[list[RawCondition]]:
 
     def evaluated(self: Any, *args: Any, **kwargs: Any) -> Any:
         known = len(self.guards)
-        result = evaluate(self, *args, **kwargs)
+        try:
+            result = evaluate(self, *args, **kwargs)
+        except GuardOnDataDependentSymNode as error:
+            names = {str(symbol): name for name, symbol in self._shape_id_to_unbacked_symbol.items()}
+            error.declared_symbols = names  # type: ignore[attr-defined]
+            raise
         if len(self.guards) > known:
             note([guard.expr for guard in self.guards[known:]])
         return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -17,6 +16,7 @@ from torch.export import Dim
 import onegraph.capture.contract as contract_module
 from onegraph.capture.contract import input_contract
 from onegraph.capture.inputs import read_call
+from onegraph.capture.signatures import call_signature
 from onegraph.errors import CaptureError, OnegraphError
 
 ROWS = Dim("rows", min=1, max=8)
@@ -55,7 +55,7 @@ def arguments() -> dict[str, Any]:
 def entries() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The entry with its fast path, and one without."""
     with torch.no_grad():
-        inputs = read_call(inspect.signature(model), (), arguments(), SHAPES, 64)
+        inputs = read_call(call_signature(model), (), arguments(), SHAPES, 64)
     made = []
     for fast in (contract_module.fast_path, lambda *args: None):
         with mock.patch.object(contract_module, "fast_path", fast):
@@ -155,6 +155,6 @@ def test_autocast_is_a_part_of_the_fast_path() -> None:
 def test_an_argument_whose_name_the_checks_use_is_refused(name: str) -> None:
     namespace: dict[str, Any] = {}
     exec(f"def model({name}): pass", namespace)
-    inputs = read_call(inspect.signature(namespace["model"]), (torch.ones(2),), {}, None, 64)
+    inputs = read_call(call_signature(namespace["model"]), (torch.ones(2),), {}, None, 64)
     with pytest.raises(CaptureError, match=name):
         input_contract(inputs, {}, {}, lambda size: 1)

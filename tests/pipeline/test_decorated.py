@@ -1,0 +1,173 @@
+"""Modules behind decorators, and transformers' classes called as they are."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.export import Dim
+
+import onegraph
+from onegraph.errors import InputContractError, ShapeOutOfRangeError
+
+NUM_TOKENS = Dim("num_tokens", min=2, max=64)
+X = {"x": {0: NUM_TOKENS}}
+
+
+def handed_on(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*everything: Any, **named: Any) -> Any:
+        return function(*everything, **named)
+
+    return wrapper
+
+
+def of_a_module(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    return wrapper
+
+
+def with_one_more(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Its function's third argument is its own."""
+
+    @functools.wraps(function)
+    def wrapper(self: Any, x: torch.Tensor) -> Any:
+        return function(self, x, {"shift": x + 1})
+
+    return wrapper
+
+
+DECORATORS = {
+    "no_grad": torch.no_grad(),
+    "inference_mode": torch.inference_mode(),
+    "autocast": torch.autocast("cpu", enabled=False),
+    "wraps": handed_on,
+    "wraps with self": of_a_module,
+}
+
+
+def decorated(decorator: Callable[..., Any]) -> nn.Module:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.scale = 2.0
+            self.register_buffer("calls", torch.zeros(()))
+
+        @decorator
+        def forward(self, x: torch.Tensor, more: dict[str, torch.Tensor] | None = None, *, bias: float = 0.0) -> Any:
+            self.calls.add_(1)
+            result = self.linear(x).relu() * self.scale + bias
+            return result if more is None else result + more["shift"]
+
+    torch.manual_seed(0)
+    return Layer()
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("name", DECORATORS)
+def test_a_decorated_forward_equals_eager(name: str, backend: str) -> None:
+    module, reference = decorated(DECORATORS[name]), decorated(DECORATORS[name])
+    shapes = {"x": X["x"], "more": {"shift": X["x"]}}
+    compiled = onegraph.compile(module, dynamic_shapes=shapes, config={"backend": backend})
+    for rows in (4, 2, 33):
+        x, more = torch.randn(rows, 4), {"shift": torch.randn(rows, 4)}
+        torch.testing.assert_close(compiled(x, more=more, bias=1.5), reference(x, more=more, bias=1.5).clone())
+    assert module.calls == reference.calls == 3
+    x, more = torch.randn(5, 4), {"shift": torch.randn(5, 4)}
+    with pytest.raises(ShapeOutOfRangeError, match="x has size 65 at dim 0"):
+        compiled(torch.randn(65, 4), more=more, bias=1.5)
+    with pytest.raises(InputContractError, match=r"more\['shift'\] broke the input contract: its dtype"):
+        compiled(x, more={"shift": more["shift"].double()}, bias=1.5)
+    with pytest.raises(InputContractError, match="more broke the input contract: its keys"):
+        compiled(x, more={**more, "other": x}, bias=1.5)
+    with pytest.raises(InputContractError, match="bias broke the input contract: its value was 1.5"):
+        compiled(x, more=more, bias=2.5)
+    module.scale = reference.scale = 3.0
+    torch.testing.assert_close(compiled(x, more=more, bias=1.5), reference(x, more=more, bias=1.5).clone())
+
+
+def test_a_decorator_that_adds_an_argument() -> None:
+    module = decorated(with_one_more)
+    compiled = onegraph.compile(module, dynamic_shapes=X, config={"backend": "eager"})
+    for rows in (4, 9):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(compiled(x), module(x).detach())
+
+
+def test_what_a_decorator_sees_of_the_call_is_part_of_the_contract() -> None:
+    """It may treat `f(x)` and `f(x=x)` in two ways."""
+    compiled = onegraph.compile(decorated(handed_on), dynamic_shapes=X, config={"backend": "eager"})
+    compiled(torch.randn(4, 4))
+    with pytest.raises(InputContractError, match=r"its length was 1 .* one of length 0(?s:.*)as in the first call"):
+        compiled(x=torch.randn(4, 4))
+
+
+SCALE = torch.ones(4)
+
+
+@pytest.mark.parametrize("decorator", [torch.no_grad(), handed_on], ids=["no_grad", "wraps"])
+def test_a_decorated_function_follows_its_global_tensor(
+    decorator: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @decorator
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return x * SCALE
+
+    monkeypatch.setitem(globals(), "SCALE", torch.ones(4))
+    compiled = onegraph.compile(scaled, dynamic_shapes=X, config={"backend": "eager"})
+    x = torch.randn(3, 4)
+    assert compiled(x).equal(x)
+    SCALE.mul_(2)
+    assert compiled(x).equal(x * 2)
+    monkeypatch.setitem(globals(), "SCALE", torch.full((4,), 5.0))
+    assert compiled(x).equal(x * 5)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+MODELS = {
+    "LlamaForCausalLM": transformers.LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2),
+    "BertModel": transformers.BertConfig(**SMALL, intermediate_size=64),
+    "GPT2Model": transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, bos_token_id=0, eos_token_id=0),
+}
+
+
+@pytest.mark.parametrize("by_name", [True, False], ids=["by name", "by position"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_transformers_class_called_as_it_is(name: str, by_name: bool) -> None:
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(MODELS[name]).eval()
+    shapes = {"input_ids": {1: NUM_TOKENS}}
+    compiled = onegraph.compile(model, dynamic_shapes=shapes, config={"backend": "eager"})
+    options = {} if name == "BertModel" else {"use_cache": False}
+    for num_tokens in (8, 17):
+        ids = torch.randint(0, 64, (1, num_tokens))
+        args, kwargs = ((), {"input_ids": ids}) if by_name else ((ids,), {})
+        with torch.no_grad():
+            result, expected = compiled(*args, **kwargs, **options), model(*args, **kwargs, **options)
+        assert type(result) is type(expected)
+        torch.testing.assert_close(result[0], expected[0])
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    "cut", [lambda t: t[:, :4], lambda t: t[::2], lambda t: t[:, 4:]], ids=["left", "rows", "right"]
+)
+def test_a_slice_as_argument_keeps_its_strides(cut: Callable[[torch.Tensor], torch.Tensor], backend: str) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(-1).cumsum(0) + x.view(x.shape[0], 1, -1).sum()
+
+    compiled = onegraph.compile(function, dynamic_shapes=X, config={"backend": backend})
+    for rows in (6, 4, 40):
+        part = cut(torch.randn(rows, 12))
+        torch.testing.assert_close(compiled(part), function(part))
+    with pytest.raises(InputContractError, match=r"x broke the input contract: its strides was \(\d+, 1\)"):
+        compiled(torch.randn(6, part.shape[1]))
