@@ -35,6 +35,7 @@ from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.ledger import Ledger
 from onegraph.ir.source_text import source_files
 from onegraph.torch_compat import dynamo, shapes
+from onegraph.torch_compat.views_at_one import views_at_one
 
 
 def capture(
@@ -123,7 +124,8 @@ def _captured_graph(
     symbols = _symbols(inputs, seen)
     squeezed = shapes.squeezed_sizes(graph_module)
     _refuse_squeezed_data(squeezed, symbols)
-    conditions = [*raw.asserted, *squeezed, *shapes.conditions(raw.fake_mode.shape_env)]
+    assumed = [*squeezed, *views_at_one(graph_module)]
+    conditions = [*raw.asserted, *assumed, *shapes.conditions(raw.fake_mode.shape_env)]
     if sizing.mode == "unbacked":
         found = judge(conditions, inputs.dims, symbols, "capture")
         refuse_narrowing(found, inputs.dims)

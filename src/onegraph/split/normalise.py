@@ -14,6 +14,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from onegraph.ir.fx_nodes import value_of
 from onegraph.torch_compat import shapes
 
 _ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "zeros", "zeros_like", "new_zeros",
@@ -21,11 +22,6 @@ _ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "
 
 _CHANGES_METADATA = frozenset({"t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "resize_",
                                "resize_as_", "set_", "as_strided_"})  # fmt: skip
-
-
-def value_of(node: Node) -> Any:
-    """The node's fake value."""
-    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def normalise(graph_module: torch.fx.GraphModule) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, Node
 
-from onegraph.split.normalise import allocates, value_of
+from onegraph.ir.fx_nodes import value_of
+from onegraph.split.normalise import allocates
 from onegraph.torch_compat import shapes
 
 _VIEWS = frozenset({"view", "transpose", "permute", "unsqueeze", "squeeze", "t", "select", "narrow", "unflatten",

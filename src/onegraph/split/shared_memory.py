@@ -7,21 +7,12 @@ Takes the runs of nodes; gives a reason for each of those pieces.
 
 from __future__ import annotations
 
-import inspect
-import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-import torch
 from torch.fx import Node
 
-from onegraph.split.normalise import value_of
-
-_IN_PLACE = frozenset(
-    {operator.setitem, operator.delitem}
-    | {getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand",
-                                            "ior", "ixor", "ilshift", "irshift", "imatmul")}
-)  # fmt: skip
+from onegraph.ir.fx_nodes import changes_memory, storage_of
 
 
 def eager_reason(
@@ -38,7 +29,7 @@ def eager_reason(
 def _several_in(nodes: Iterable[Node], storages: set[int]) -> bool:
     if not storages:
         return False
-    return any(count > 1 for storage, count in Counter(map(_storage, nodes)).items() if storage in storages)
+    return any(count > 1 for storage, count in Counter(map(storage_of, nodes)).items() if storage in storages)
 
 
 def changed_storages(nodes: Iterable[Node]) -> set[int]:
@@ -47,47 +38,6 @@ def changed_storages(nodes: Iterable[Node]) -> set[int]:
         storage
         for node in nodes
         if changes_memory(node)
-        for storage in map(_storage, node.all_input_nodes)
+        for storage in map(storage_of, node.all_input_nodes)
         if storage is not None
     }
-
-
-def _storage(node: Node) -> int | None:
-    value = value_of(node)
-    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
-        return int(value.untyped_storage()._cdata)
-    return None
-
-
-def changes_memory(node: Node) -> bool:
-    """Whether the call may change one of its arguments in place."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op != "call_function":
-        return False
-    return node.target in _IN_PLACE or any(_declares_change(node))
-
-
-def _declares_change(node: Node) -> Iterator[bool]:
-    target = node.target
-    overloads = getattr(target, "overloads", None)
-    if hasattr(target, "_schema"):
-        yield bool(target._schema.is_mutable)
-    elif overloads is not None:
-        yield from (bool(getattr(target, name)._schema.is_mutable) for name in overloads())
-    else:
-        name = str(getattr(target, "__name__", ""))
-        yield name.endswith("_") and not name.endswith("__")
-        yield node.kwargs.get("out") is not None
-        yield _asks_for_inplace(node)
-
-
-def _asks_for_inplace(node: Node) -> bool:
-    if node.kwargs.get("inplace"):
-        return True
-    try:
-        parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return False
-    at = parameters.index("inplace") if "inplace" in parameters else len(node.args)
-    return at < len(node.args) and bool(node.args[at])

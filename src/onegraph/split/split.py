@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from onegraph.ir.fx_nodes import value_of
 from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.piece import Piece, SplitGraph
-from onegraph.split.normalise import normalise, value_of
+from onegraph.split.normalise import normalise
 from onegraph.split.partition import Run, op_name, split_into_runs
 from onegraph.split.shared_memory import changed_storages, eager_reason
 from onegraph.torch_compat import shapes

@@ -16,6 +16,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from torch.utils._sympy import functions as sympy_functions
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
+from onegraph.ir.fx_nodes import value_of
+
 
 @dataclass(frozen=True)
 class RawCondition:
@@ -159,7 +161,7 @@ def squeezed_sizes(graph_module: torch.fx.GraphModule) -> list[RawCondition]:
     found = []
     for node in graph_module.graph.nodes:
         squeezed = node.args[0] if _is_squeeze(node) and node.args else node.kwargs.get("input")
-        tensor = _value(squeezed) if _is_squeeze(node) else None
+        tensor = value_of(squeezed) if _is_squeeze(node) and isinstance(squeezed, torch.fx.Node) else None
         if not isinstance(tensor, torch.Tensor):
             continue
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", range(tensor.dim()))
@@ -176,10 +178,6 @@ def _is_squeeze(node: torch.fx.Node) -> bool:
         return node.target in ("squeeze", "squeeze_")
     packet = getattr(node.target, "overloadpacket", None)
     return node.op == "call_function" and (node.target is torch.squeeze or packet is torch.ops.aten.squeeze)
-
-
-def _value(node: Any) -> Any:
-    return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, torch.fx.Node) else None
 
 
 def proven_by_ranges(expr: Any, ranges: Mapping[Any, tuple[int, int]]) -> bool:

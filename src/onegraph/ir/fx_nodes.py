@@ -1,0 +1,64 @@
+"""Questions about one node of an FX graph: its fake value, the storage that it shows, and whether it changes memory."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+_IN_PLACE = frozenset(
+    {operator.setitem, operator.delitem}
+    | {getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand",
+                                            "ior", "ixor", "ilshift", "irshift", "imatmul")}
+)  # fmt: skip
+
+
+def changes_memory(node: Node) -> bool:
+    """Whether the call may change one of its arguments in place."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
+    return node.target in _IN_PLACE or any(_declares_change(node))
+
+
+def _declares_change(node: Node) -> Iterator[bool]:
+    target = node.target
+    overloads = getattr(target, "overloads", None)
+    if hasattr(target, "_schema"):
+        yield bool(target._schema.is_mutable)
+    elif overloads is not None:
+        yield from (bool(getattr(target, name)._schema.is_mutable) for name in overloads())
+    else:
+        name = str(getattr(target, "__name__", ""))
+        yield name.endswith("_") and not name.endswith("__")
+        yield node.kwargs.get("out") is not None
+        yield _asks_for_inplace(node)
+
+
+def _asks_for_inplace(node: Node) -> bool:
+    if node.kwargs.get("inplace"):
+        return True
+    try:
+        parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    at = parameters.index("inplace") if "inplace" in parameters else len(node.args)
+    return at < len(node.args) and bool(node.args[at])
+
+
+def value_of(node: Node) -> Any:
+    """The node's fake value; None without one."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def storage_of(node: Node) -> int | None:
+    """A key of the storage that a strided tensor shows, None for any other value."""
+    value = value_of(node)
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        return int(value.untyped_storage()._cdata)
+    return None
