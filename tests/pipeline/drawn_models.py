@@ -729,7 +729,7 @@ OPTIONS: tuple[dict[str, str], ...] = (
 )
 """Fields of CompilationConfig that a case draws one of."""
 
-DECORATORS = ("", "", "", "@torch.no_grad()", "@torch.inference_mode()", "@handed_on", "@of_a_module")
+DECORATORS = ("", "", "", "@torch.no_grad()", "@handed_on", "@of_a_module")
 
 
 def draw_case(seed: int, first: str | None = None, max_parts: int = 4, max_changes: int = 2) -> Case:

@@ -20,7 +20,6 @@ from onegraph.capture.contract import input_contract
 from onegraph.capture.dropout import settle_dropout
 from onegraph.capture.effects import refuse_effects
 from onegraph.capture.failures import capture_error, refuse_host_reads
-from onegraph.capture.inference_mode import drop_inference_mode
 from onegraph.capture.inputs import CallInputs, read_call
 from onegraph.capture.regions import UNBACKED, Sizing
 from onegraph.capture.roots import Scope, rooted_expression, scope_of
@@ -35,6 +34,7 @@ from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.ledger import Ledger
 from onegraph.ir.source_text import source_files
 from onegraph.torch_compat import dynamo, shapes
+from onegraph.torch_compat.inference_mode import drop_inference_mode
 from onegraph.torch_compat.views_at_one import views_at_one
 
 
