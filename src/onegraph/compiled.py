@@ -238,6 +238,13 @@ class CompiledModel:
         else:
             setattr(self.original, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        """Deletes the module's attribute, as `__setattr__` sets it."""
+        if name.startswith("_") or name == "original":
+            object.__delattr__(self, name)
+        else:
+            delattr(self.original, name)
+
     def __reduce__(self) -> Any:
         raise ConfigError(
             "a compiled model can't be pickled or copied",

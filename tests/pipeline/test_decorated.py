@@ -13,7 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 import onegraph
-from onegraph.errors import InputContractError, ShapeOutOfRangeError
+from onegraph.errors import CaptureError, InputContractError, ShapeOutOfRangeError
 
 NUM_TOKENS = Dim("num_tokens", min=2, max=64)
 X = {"x": {0: NUM_TOKENS}}
@@ -130,6 +130,101 @@ def test_a_decorated_function_follows_its_global_tensor(
     assert compiled(x).equal(x * 2)
     monkeypatch.setitem(globals(), "SCALE", torch.full((4,), 5.0))
     assert compiled(x).equal(x * 5)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((4,), 2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+class Static(nn.Module):
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+class Holder:
+    """An object that isn't a module."""
+
+    def __init__(self) -> None:
+        self.module, self.gain = Scaled(), 3.0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x) * self.gain
+
+
+def with_a_forward(make: Callable[[nn.Module], Callable[..., Any]]) -> nn.Module:
+    module = Scaled()
+    module.forward = make(module)  # type: ignore[method-assign]
+    return module
+
+
+def added_one(forward: Callable[..., Any], x: torch.Tensor) -> Any:
+    return forward(x) + 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Static,
+        Holder,
+        lambda: with_a_forward(lambda module: lambda x: x * module.scale),
+        lambda: with_a_forward(lambda module: handed_on(module.forward)),
+        lambda: with_a_forward(lambda module: functools.partial(added_one, module.forward)),
+    ],
+    ids=["static", "object", "lambda", "wrapped", "partial"],
+)
+def test_a_forward_that_is_no_method_of_its_class(make: Callable[[], Any]) -> None:
+    model = make()
+    compiled = onegraph.compile(model, dynamic_shapes=X, config={"backend": "eager"})
+    for rows in (4, 9):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(compiled(x), model(x).detach())
+    if isinstance(model, Holder):
+        model.gain = 5.0
+        torch.testing.assert_close(compiled(x), model(x).detach())
+
+
+class Tensors:
+    """An object that isn't a module, and holds a tensor."""
+
+    def __init__(self) -> None:
+        self.weight = torch.ones(4)
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+def drawn(x: torch.Tensor) -> Any:
+    yield x
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        (Tensors().run, "the tensor self.weight, of an object that is no nn.Module"),
+        (drawn, "drawn can't be captured: its body runs when its result is iterated or awaited"),
+        (functools.partial(torch.mul, other=2), "can't be captured: it is a partial"),
+    ],
+    ids=["tensor of an object", "generator", "partial"],
+)
+def test_what_cannot_be_captured_is_told(function: Any, told: str) -> None:
+    compiled = onegraph.compile(function, dynamic_shapes={}, config={"backend": "eager"})
+    with pytest.raises(CaptureError, match=told):
+        compiled(torch.randn(3, 4))
+
+
+def test_attributes_of_a_compiled_module_are_set_and_deleted_on_the_module() -> None:
+    module = Scaled()
+    compiled = onegraph.compile(module, dynamic_shapes=X)
+    compiled.note = 1
+    assert module.note == 1
+    del compiled.note
+    assert not hasattr(module, "note")
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}

@@ -22,7 +22,7 @@ from onegraph.capture.effects import refuse_effects
 from onegraph.capture.failures import capture_error, refuse_host_reads
 from onegraph.capture.inputs import CallInputs, read_call
 from onegraph.capture.regions import UNBACKED, Sizing
-from onegraph.capture.roots import Scope, rooted_expression, scope_of
+from onegraph.capture.roots import Scope, as_written, rooted_expression, scope_of
 from onegraph.capture.runtime_asserts import drop_judged_asserts
 from onegraph.capture.signatures import call_signature, traced_function
 from onegraph.capture.state import reads_grad_mode, state_reads
@@ -132,9 +132,9 @@ def _captured_graph(
     else:
         found = judge_region(conditions, inputs.dims, symbols, "capture", split)
     drop_judged_asserts(graph_module, symbols)
-    _refuse_hidden_tensors(inputs, fakes)
-    compared = [(pair.left, pair.right) for pair in raw.identities.compared]
     scope = scope_of(function, owner, inputs, raw.globals_read)
+    _refuse_hidden_tensors(inputs, fakes, scope)
+    compared = [(pair.left, pair.right) for pair in raw.identities.compared]
     reads = argument_reads(raw.guards, raw.asked, inputs, scope)
     contract = input_contract(inputs, fakes, symbols, required_alignment, compared, reads)
     state = state_reads(
@@ -189,14 +189,21 @@ def _refuse_squeezed_data(squeezed: list[shapes.RawCondition], symbols: dict[str
             )
 
 
-def _refuse_hidden_tensors(inputs: CallInputs, fakes: dict[str, Any]) -> None:
+def _refuse_hidden_tensors(inputs: CallInputs, fakes: dict[str, Any], scope: Scope) -> None:
     """A tensor inside an object that the contract can't look into would be read unchecked."""
     known = {leaf.source for leaf in inputs.leaves} | {leaf.indexed_source for leaf in inputs.leaves}
     for source, fake in fakes.items():
         if isinstance(fake, torch.Tensor) and source not in known:
+            shown = as_written(source, scope)
+            if rooted_expression(source, scope) is not None:
+                raise CaptureError(
+                    f"the module reads the tensor {shown}, of an object that is no nn.Module",
+                    where=shown,
+                    hint="keep it as a buffer of an nn.Module, or pass it as an argument",
+                )
             raise CaptureError(
-                f"the module reads the tensor {source}, inside an argument whose type isn't known",
-                where=source,
+                f"the module reads the tensor {shown}, inside an argument whose type isn't known",
+                where=shown,
                 hint="pass tensors as arguments, or in lists, tuples, dicts, named tuples or dataclasses",
             )
 

@@ -36,18 +36,25 @@ def traced_function(module: Any) -> tuple[Any, Any]:
     Raises CaptureError for what isn't a module, a method or a Python function.
     """
     try:
-        return dynamo.traced_function(module)
+        function, owner = dynamo.traced_function(module)
     except (RuntimeError, AttributeError) as error:
         raise CaptureError(
             f"{module!r:.80} can't be captured: it is a {type(module).__name__}",
-            hint="pass an nn.Module, a method or a Python function",
+            hint="pass an nn.Module, a method, a Python function, or an object with a __call__ in Python",
         ) from error
+    if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+        raise CaptureError(
+            f"{function.__qualname__} can't be captured: its body runs when its result is iterated or awaited",
+            where=f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}",
+            hint="compile the function that computes one result",
+        )
+    return function, owner
 
 
 def call_signature(module: Any) -> CallSignature:
     """How a call of `module` reaches the function that is traced. Raises CaptureError as `traced_function`."""
     function, owner = traced_function(module)
-    if isinstance(module, torch.nn.Module) and function is not getattr(module.forward, "__func__", None):
+    if isinstance(module, torch.nn.Module) and function is not getattr(module.forward, "__func__", module.forward):
         return CallSignature(inspect.signature(module.forward), HANDED_ON)  # through __call__ and its hooks
     if owner is None:
         return CallSignature(inspect.signature(function), inspect.signature(function, follow_wrapped=False))

@@ -147,8 +147,8 @@ def capture(
         patches["allow_unspec_int_on_nn_module"] = True
         compiler_patches["unbacked_sources"] = ",".join(unbacked)
     known = {key: value for key, value in patches.items() if hasattr(dynamo.config, key)}
-    frame = convert_frame._get_frame(function, args, kwargs)
-    traced_function, _ = convert_frame.get_traced_fn(function)
+    frame = convert_frame._get_frame(_python_callable(function), args, kwargs)
+    traced_globals = traced_function(function)[0].__globals__
     with (
         warnings.catch_warnings(),
         dynamo.config.patch(known),
@@ -168,12 +168,12 @@ def capture(
     if backend_input is None:
         raise Unsupported("there is no tensor operation in the traced function")
     # Dynamo leaves its graph, with all weights on it, in the globals of the traced function.
-    traced_function.__globals__.pop(backend_input.backend_id, None)
+    traced_globals.pop(backend_input.backend_id, None)
     environment = graph_output.get_runtime_env()
 
     def make_callable(run: Callable[..., Any]) -> Callable[..., Any]:
         residual: Callable[..., Any] = environment.forward_callable(
-            backend_input.backend_id, run, extra_globals=traced_function.__globals__
+            backend_input.backend_id, run, extra_globals=traced_globals
         )
         return residual
 
@@ -287,8 +287,17 @@ def explain_failure(error: BaseException) -> CaptureFailure:
 
 def traced_function(callable_: Any) -> tuple[types.FunctionType, Any]:
     """The Python function that `capture` would trace for a module, method or function, and its `self` or None."""
-    function, owner = convert_frame.get_traced_fn(callable_)
+    function, owner = convert_frame.get_traced_fn(_python_callable(callable_))
     return function, owner
+
+
+def _python_callable(callable_: Any) -> Any:
+    """The callable, or its `__call__` where Dynamo finds no Python function in it: an object, a partial as forward."""
+    functions = (types.FunctionType, types.MethodType)
+    if isinstance(callable_, torch.nn.Module):
+        return callable_ if isinstance(callable_.forward, functions) else callable_.__call__
+    called = getattr(callable_, "__call__", None)  # noqa: B004 - its value is what is asked for
+    return called if not isinstance(callable_, functions) and isinstance(called, types.MethodType) else callable_
 
 
 def current_fake_mode() -> Any:
