@@ -195,7 +195,7 @@ def _refuse_hidden_tensors(inputs: CallInputs, fakes: dict[str, Any], scope: Sco
     for source, fake in fakes.items():
         if isinstance(fake, torch.Tensor) and source not in known:
             shown = as_written(source, scope)
-            if rooted_expression(source, scope) is not None:
+            if not any(leaf.source and source.startswith(leaf.source) for leaf in inputs.leaves):
                 raise CaptureError(
                     f"the module reads the tensor {shown}, of an object that is no nn.Module",
                     where=shown,
