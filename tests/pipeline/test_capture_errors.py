@@ -221,49 +221,6 @@ def test_squeezing_is_split_by_size() -> None:
         torch.testing.assert_close(compiled(torch.ones(size, 4)), squeezed(torch.ones(size, 4)))
 
 
-def writes_into_a_copy(x: torch.Tensor) -> torch.Tensor:
-    y = x.t().contiguous()
-    y.add_(1)
-    return y + x.sum()
-
-
-def writes_into_the_source(x: torch.Tensor) -> torch.Tensor:
-    h = x * 2
-    y = h.t().reshape(-1)
-    h.add_(1)
-    return y
-
-
-def writes_into_a_view_of_a_copy(x: torch.Tensor) -> torch.Tensor:
-    h = x * 2
-    h.t().flatten().view(4, -1)[:1].zero_()
-    return h
-
-
-def writes_where_nobody_looks(x: torch.Tensor) -> torch.Tensor:
-    y = (x * 2).t().contiguous()
-    y.add_(1)
-    return y
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize(
-    "function", [writes_into_a_copy, writes_into_the_source, writes_into_a_view_of_a_copy, writes_where_nobody_looks]
-)
-def test_a_view_at_size_1_that_is_written_to_is_a_condition(function: Callable[..., Any], backend: str) -> None:
-    shapes, config = {"x": {0: Dim("rows", min=1, max=64)}}, {"backend": backend}
-    if function is not writes_where_nobody_looks:
-        error = refused(function, dynamic_shapes=shapes)
-        assert [entry.expr for entry in error.constraints] == ["rows != 1"]
-        config["on_constraint"] = "split"
-    compiled = onegraph.compile(function, dynamic_shapes=shapes, config=config)
-    for rows in (5, 1, 9):
-        x = torch.randn(rows, 4)
-        given, expected_given = x.clone(), x.clone()
-        torch.testing.assert_close(compiled(given), function(expected_given))
-        torch.testing.assert_close(given, expected_given)
-
-
 def test_squeezing_a_size_that_depends_on_data_is_refused() -> None:
     with pytest.raises(CaptureError, match="squeeze meets a size that depends on data"):
         onegraph.compile(lambda x: x.nonzero().squeeze(), config={"backend": "eager"})(torch.ones(3, 1))

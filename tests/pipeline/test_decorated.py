@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.export import Dim
 
 import onegraph
-from onegraph.errors import CaptureError, InputContractError, ShapeOutOfRangeError
+from onegraph.errors import CaptureError, ConfigError, InputContractError, ShapeOutOfRangeError
 
 NUM_TOKENS = Dim("num_tokens", min=2, max=64)
 X = {"x": {0: NUM_TOKENS}}
@@ -189,6 +190,129 @@ def test_a_forward_that_is_no_method_of_its_class(make: Callable[[], Any]) -> No
         torch.testing.assert_close(compiled(x), model(x).detach())
 
 
+def replaced_by_another(module: nn.Module) -> None:
+    module.forward = lambda x: x * 9  # type: ignore[method-assign]
+
+
+def taken_back(module: nn.Module) -> None:
+    vars(module).pop("forward", None)
+
+
+def patched_once_more(module: nn.Module) -> None:
+    old = module.forward
+    module.forward = handed_on(lambda x: old(x) * 7)  # type: ignore[method-assign]
+
+
+def of_the_class(module: nn.Module) -> None:
+    type(module).forward = staticmethod(lambda x: x * 11)  # type: ignore[method-assign]
+
+
+CHANGES = [replaced_by_another, taken_back, patched_once_more, of_the_class]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("start", ["class", "instance", "static"])
+def test_another_forward_is_captured_anew(start: str, change: Callable[[nn.Module], None]) -> None:
+    class Mine(Static if start == "static" else Scaled):  # type: ignore[misc]
+        pass
+
+    module = Mine()
+    compiled = onegraph.compile(module, dynamic_shapes=X, config={"backend": "eager"})
+    x = torch.randn(4, 4)
+    if start == "instance":
+        module.forward = lambda x: x * 3
+    for step in (lambda module: None, change, replaced_by_another, taken_back):
+        step(module)
+        torch.testing.assert_close(compiled(x), module(x).detach())
+
+
+def taking_a_flag(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        flag = kwargs.pop("flag", 1.0)
+        return function(self, *args, **kwargs) * flag
+
+    return wrapper
+
+
+def with_a_flag_in_front(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(self: Any, flag: Any, *args: Any) -> Any:
+        return function(self, *args) * flag
+
+    return wrapper
+
+
+def flagged(decorator: Callable[..., Any]) -> nn.Module:
+    class Layer(nn.Module):
+        @decorator
+        def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+            return x + 1 if y is None else x + y
+
+    return Layer()
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_a_decorator_with_arguments_of_its_own(rows: int) -> None:
+    shapes = {"x": X["x"], "y": X["x"]}
+    x, y = torch.randn(rows, 4), torch.randn(rows, 4)
+    behind = onegraph.compile(flagged(taking_a_flag), dynamic_shapes=shapes, config={"backend": "eager"})
+    in_front = onegraph.compile(flagged(with_a_flag_in_front), dynamic_shapes=shapes, config={"backend": "eager"})
+    behind(torch.randn(4, 4), torch.randn(4, 4), flag=2.0)
+    in_front(2.0, torch.randn(4, 4), torch.randn(4, 4))
+    torch.testing.assert_close(behind(x, y, flag=2.0), (x + y) * 2)
+    torch.testing.assert_close(in_front(2.0, x, y), (x + y) * 2)
+    misspelt = onegraph.compile(flagged(with_a_flag_in_front), dynamic_shapes={"xx": X["x"]})
+    with pytest.raises(ConfigError, match="dynamic_shapes names 'xx', which is no argument"):
+        misspelt(2.0, x)
+
+
+class Called(nn.Module):
+    def __call__(self, x: torch.Tensor, extra: float = 2.0) -> Any:
+        return super().__call__(x) * extra
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
+class Decorator:
+    """An object in a method's place."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __get__(self, owner: Any, kind: type) -> Any:
+        return self if owner is None else types.MethodType(self, owner)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args) * 3
+
+
+class Decorated(nn.Module):
+    @Decorator
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
+def test_a_call_of_its_own() -> None:
+    module = Called()
+    compiled = onegraph.compile(module, dynamic_shapes=X, config={"backend": "eager"})
+    for rows in (4, 5):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+def counting() -> Callable[..., Any]:
+    calls = 0
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return x * calls
+
+    return function
+
+
 class Tensors:
     """An object that isn't a module, and holds a tensor."""
 
@@ -207,10 +331,12 @@ def drawn(x: torch.Tensor) -> Any:
     ("function", "told"),
     [
         (Tensors().run, "the tensor self.weight, of an object that is no nn.Module"),
+        (Decorated(), "Dynamo does not know how to trace"),
+        (counting(), "the traced function assigns 'calls', a variable of the function around it"),
         (drawn, "drawn can't be captured: its body runs when its result is iterated or awaited"),
         (functools.partial(torch.mul, other=2), "can't be captured: it is a partial"),
     ],
-    ids=["tensor of an object", "generator", "partial"],
+    ids=["tensor of an object", "object as decorator", "nonlocal", "generator", "partial"],
 )
 def test_what_cannot_be_captured_is_told(function: Any, told: str) -> None:
     compiled = onegraph.compile(function, dynamic_shapes={}, config={"backend": "eager"})

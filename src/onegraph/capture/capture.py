@@ -25,6 +25,7 @@ from onegraph.capture.regions import UNBACKED, Sizing
 from onegraph.capture.roots import Scope, as_written, rooted_expression, scope_of
 from onegraph.capture.runtime_asserts import drop_judged_asserts
 from onegraph.capture.signatures import call_signature, traced_function
+from onegraph.capture.size_dependent_views import size_dependent_views
 from onegraph.capture.state import reads_grad_mode, state_reads
 from onegraph.capture.state_check import evaluate
 from onegraph.capture.weights import lift_weights
@@ -35,7 +36,6 @@ from onegraph.ir.ledger import Ledger
 from onegraph.ir.source_text import source_files
 from onegraph.torch_compat import dynamo, shapes
 from onegraph.torch_compat.inference_mode import drop_inference_mode
-from onegraph.torch_compat.views_at_one import views_at_one
 
 
 def capture(
@@ -79,7 +79,7 @@ def capture(
             hint="keep such state in an attribute of the module, or outside of it",
         )
     counters.add("graphs_captured")
-    return _captured_graph(raw, inputs, function, owner, required_alignment, sizing, split, state_is_checked)
+    return _captured_graph(raw, inputs, module, function, owner, required_alignment, sizing, split, state_is_checked)
 
 
 def _with_counters_as_inputs(
@@ -103,6 +103,7 @@ def _with_counters_as_inputs(
 def _captured_graph(
     raw: dynamo.RawCapture,
     inputs: CallInputs,
+    module: Any,
     function: Any,
     owner: Any,
     required_alignment: Callable[[int], int],
@@ -124,8 +125,9 @@ def _captured_graph(
     symbols = _symbols(inputs, seen)
     squeezed = shapes.squeezed_sizes(graph_module)
     _refuse_squeezed_data(squeezed, symbols)
-    assumed = [*squeezed, *views_at_one(graph_module)]
-    conditions = [*raw.asserted, *assumed, *shapes.conditions(raw.fake_mode.shape_env)]
+    ranges = {dim.name: (dim.min, dim.max) for dim in inputs.dims}
+    views = size_dependent_views(graph_module, {symbol: ranges[name] for symbol, name in symbols.items()})
+    conditions = [*raw.asserted, *squeezed, *views, *shapes.conditions(raw.fake_mode.shape_env)]
     if sizing.mode == "unbacked":
         found = judge(conditions, inputs.dims, symbols, "capture")
         refuse_narrowing(found, inputs.dims)
@@ -139,6 +141,7 @@ def _captured_graph(
     contract = input_contract(inputs, fakes, symbols, required_alignment, compared, reads)
     state = state_reads(
         raw.guards,
+        called=module,
         function=function,
         owner=owner,
         inputs=inputs,

@@ -14,11 +14,11 @@ from torch.export import Dim
 from onegraph.errors import ConfigError, nearest
 
 
-def specs_by_name(dynamic_shapes: Any, signature: inspect.Signature, bound: inspect.BoundArguments) -> dict[str, Any]:
+def specs_by_name(dynamic_shapes: Any, signature: inspect.Signature, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The spec of each parameter; names under a **kwargs parameter may stand at the top, as in torch.export."""
     if dynamic_shapes is None:
         return {}
-    names = list(bound.arguments)
+    names = list(arguments)
     if isinstance(dynamic_shapes, tuple | list):
         if len(dynamic_shapes) > len(names):
             raise ConfigError(
@@ -34,9 +34,9 @@ def specs_by_name(dynamic_shapes: Any, signature: inspect.Signature, bound: insp
     specs = {}
     extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
     for name, spec in dynamic_shapes.items():
-        if name in bound.arguments:
+        if name in arguments:
             specs[name] = spec
-        elif extra is not None and name in bound.arguments.get(extra, {}):
+        elif extra is not None and name in arguments.get(extra, {}):
             specs.setdefault(extra, {})[name] = spec
         elif name not in signature.parameters and extra is None:
             raise ConfigError(

@@ -97,17 +97,17 @@ def read_call(
     Raises ConfigError for arguments that don't fit the signature, or dims that don't fit the arguments.
     """
     bound = _bound(signature.traced, args, kwargs)
+    fits = True
     try:
-        written = signature.written
-        by_name = _bound(written, args, kwargs)
+        by_name: Mapping[str, Any] = _bound(signature.written, args, kwargs).arguments
     except ConfigError:
-        if signature.traced == HANDED_ON:
+        if signature.traced == HANDED_ON and not signature.self_in_rest:
             raise
-        written, by_name = signature.traced, bound  # a decorator that adds or drops arguments
-    specs = specs_by_name(dynamic_shapes, written, by_name)
+        fits, by_name = False, {**{name: {} for name in signature.written.parameters}, **bound.arguments, **kwargs}
+    specs = specs_by_name(dynamic_shapes, signature.written, by_name)
     given = dict(bound.arguments)
     walk = _Walk(max_size, sizing)
-    for name, value in _traced_arguments(walk, signature, written, given, specs):
+    for name, value in _traced_arguments(walk, signature, given, specs, fits):
         bound.arguments[name] = value
     dims = {dim.name: dim for dim in walk.declared()}
     return CallInputs(
@@ -136,19 +136,24 @@ def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str
 def _traced_arguments(
     walk: _Walk,
     signature: CallSignature,
-    written: inspect.Signature,
     given: Mapping[str, Any],
     specs: Mapping[str, Any],
+    fits: bool,
 ) -> Iterator[tuple[str, Any]]:
-    """The traced function's arguments in place of the caller's; paths and specs are by the names of `written`."""
+    """The traced function's arguments in place of the caller's; paths and specs are by the names of the written
+    signature, which `fits` the call unless a decorator has arguments of its own.
+    """
+    written = signature.written
     by_kind = {parameter.kind: name for name, parameter in written.parameters.items()}
     more, extra = by_kind.get(_KINDS.VAR_POSITIONAL, ""), by_kind.get(_KINDS.VAR_KEYWORD, "")
     names = [name for name, parameter in written.parameters.items() if parameter.kind in _POSITIONAL]
+    if not fits:  # those of the decorator come first, and it may take one of the written ones by name
+        names = [name for name in names if name not in signature.traced.parameters]
     position = 0
 
     def visit(value: Any, name: str, rest: str, key: Any, source: str, code: str) -> Any:
         spec = specs.get(name) if name else child_spec(specs.get(rest), key, rest)
-        return walk.visit(value, name or f"{rest}[{key!r}]", source, code, spec)
+        return walk.visit(value, name or (f"{rest}[{key!r}]" if rest else code), source, code, spec)
 
     for name, parameter in signature.traced.parameters.items():
         value, source = given[name], f"L[{name!r}]"
@@ -180,9 +185,10 @@ def _traced_arguments(
                 },
             )
         else:
-            shown = names[position] if parameter.kind in _POSITIONAL and position < len(names) else name
+            by_position = fits and parameter.kind in _POSITIONAL
+            shown = names[position] if by_position and position < len(names) else name
             yield name, walk.visit(value, shown, source, name, specs.get(shown))
-            position += parameter.kind in _POSITIONAL
+            position += by_position
 
 
 _KINDS = inspect.Parameter

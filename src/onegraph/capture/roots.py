@@ -23,20 +23,23 @@ from onegraph.torch_compat.guards import expression_scope
 class Scope:
     """What the names in guard expressions mean: `constants` are objects that stand for whole prefixes.
 
-    `self_in_rest` names the traced function's `*args` whose first is its `self`, which a call's own don't have.
+    `self_in_rest` names the traced function's `*args` whose first is its `self`, which a call's own don't have;
+    `self_prefix` is the expression for this `self`, if there is one.
     """
 
     globals_read: Mapping[str, Any]
     constants: Mapping[str, Any]
     functions: Mapping[str, Any]
     self_in_rest: str = ""
+    self_prefix: str = ""
 
 
 def scope_of(function: Any, owner: Any, inputs: CallInputs, globals_read: Mapping[str, Any]) -> Scope:
     constants: dict[str, Any] = {}
-    rest = inputs.signature.self_in_rest
+    rest, prefix = inputs.signature.self_in_rest, ""
     if owner is not None:
-        constants[f"L['{rest}'][0]" if rest else f"L['{function.__code__.co_varnames[0]}']"] = owner
+        prefix = f"L['{rest}'][0]" if rest else f"L['{function.__code__.co_varnames[0]}']"
+        constants[prefix] = owner
     for leaf in inputs.leaves:
         if not isinstance(leaf.value, (torch.Tensor, *LITERALS)):
             constants[leaf.source] = constants[leaf.indexed_source] = leaf.value
@@ -44,7 +47,7 @@ def scope_of(function: Any, owner: Any, inputs: CallInputs, globals_read: Mappin
         constants[f"type({container.source})"] = container.kind
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         constants[f"L['{name}']"] = constants[f"L[{name!r}]"] = _Cell(cell)
-    return Scope(globals_read, constants, expression_scope(), rest)
+    return Scope(globals_read, constants, expression_scope(), rest, prefix)
 
 
 @dataclass(frozen=True)
@@ -135,5 +138,5 @@ def as_written(name: str, scope: Scope) -> str:
     text = re.sub(r"G\['([^']*)'\]", r"\1", text)
     for prefix, value in scope.constants.items():
         if prefix.startswith("L[") and not isinstance(value, _Cell):
-            text = text.replace(prefix, "self" if prefix == next(iter(scope.constants)) else prefix[3:-2])
+            text = text.replace(prefix, "self" if prefix == scope.self_prefix else prefix[3:-2])
     return re.sub(r"L\['([^']*)'\]", r"\1", text)

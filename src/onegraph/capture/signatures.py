@@ -28,6 +28,7 @@ class CallSignature:
 
 
 HANDED_ON = inspect.signature(lambda *args, **kwargs: None)
+"""That of torch's `Module.__call__`."""
 
 
 def traced_function(module: Any) -> tuple[Any, Any]:
@@ -42,6 +43,11 @@ def traced_function(module: Any) -> tuple[Any, Any]:
             f"{module!r:.80} can't be captured: it is a {type(module).__name__}",
             hint="pass an nn.Module, a method, a Python function, or an object with a __call__ in Python",
         ) from error
+    if not isinstance(function, types.FunctionType):
+        raise CaptureError(
+            f"{module!r:.80} can't be captured: a {type(function).__name__} stands where its function should",
+            hint="decorate with a function, and have it give a function",
+        )
     if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
         raise CaptureError(
             f"{function.__qualname__} can't be captured: its body runs when its result is iterated or awaited",
@@ -54,13 +60,25 @@ def traced_function(module: Any) -> tuple[Any, Any]:
 def call_signature(module: Any) -> CallSignature:
     """How a call of `module` reaches the function that is traced. Raises CaptureError as `traced_function`."""
     function, owner = traced_function(module)
-    if isinstance(module, torch.nn.Module) and function is not getattr(module.forward, "__func__", module.forward):
-        return CallSignature(inspect.signature(module.forward), HANDED_ON)  # through __call__ and its hooks
+    own, rest = _without_self(inspect.signature(function, follow_wrapped=False), owner)
+    if isinstance(module, torch.nn.Module) and own == HANDED_ON and function is not forward_of(module):
+        try:
+            return CallSignature(inspect.signature(module.forward), own)  # through __call__
+        except ValueError:  # an object in the method's place, which doesn't say
+            return CallSignature(own, own)
+    return CallSignature(_without_self(inspect.signature(function), owner)[0], own, rest)
+
+
+def forward_of(module: torch.nn.Module) -> Any:
+    """The function behind `module.forward`."""
+    return getattr(module.forward, "__func__", module.forward)
+
+
+def _without_self(signature: inspect.Signature, owner: Any) -> tuple[inspect.Signature, str]:
+    """The signature of a call, and the name of the `*args` that the function's `self` is the first of, if it is."""
+    parameters = list(signature.parameters.values())
     if owner is None:
-        return CallSignature(inspect.signature(function), inspect.signature(function, follow_wrapped=False))
-    written = inspect.signature(types.MethodType(function, owner))
-    own = inspect.signature(function, follow_wrapped=False)
-    first = next(iter(own.parameters.values()))
-    if first.kind is first.VAR_POSITIONAL:
-        return CallSignature(written, own, self_in_rest=first.name)
-    return CallSignature(written, own.replace(parameters=list(own.parameters.values())[1:]))
+        return signature, ""
+    if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        return signature, parameters[0].name
+    return signature.replace(parameters=parameters[1:]), ""

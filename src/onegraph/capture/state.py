@@ -20,6 +20,7 @@ import torch
 from onegraph.capture.descriptions import described, has_a_name, number_of_hooks, one_object, type_name
 from onegraph.capture.inputs import CallInputs
 from onegraph.capture.roots import Scope, as_written, root, rooted_expression, scope_of
+from onegraph.capture.signatures import forward_of
 from onegraph.capture.state_check import LITERALS, differs, evaluate
 from onegraph.capture.value_reads import CHECKED_ELSEWHERE, object_read, own_attribute_read, state_read
 from onegraph.env import process_variables
@@ -49,6 +50,7 @@ _BUILTIN = (dict, list, tuple)
 def state_reads(
     facts: tuple[GuardFact, ...],
     *,
+    called: Any,
     function: Any,
     owner: Any,
     inputs: CallInputs,
@@ -66,6 +68,7 @@ def state_reads(
     Every object that was read must be the same object again: a trace has answers to `a is b` in it, and the order
     of writes to objects that are two. But for those at one of the `stored_attributes`, which calls replace.
 
+    `called` is what the user calls, `function` is what of it was traced, and `owner` the `self` of that, or None.
     `counters` are the ints that are inputs of the graph.
 
     Raises CaptureError for a value that the trace read and that can't be read again, and for an argument that was
@@ -132,6 +135,8 @@ def state_reads(
     reads += _function_reads(function.__qualname__, function, root(function))
     if isinstance(owner, torch.nn.Module):
         reads += _owner_reads(owner)
+    if isinstance(called, torch.nn.Module) and function is forward_of(called):
+        reads += _forward_reads(called, owner, function)
     reads += _environment_reads(codes, environment_user)
     reads += map(_builtin_read, builtins)
     reads += _global_reads(reads_grad_mode(facts))
@@ -328,6 +333,14 @@ def _owner_reads(owner: torch.nn.Module) -> Iterator[StateRead]:
         if not getattr(torch.nn.modules.module, hooks):
             what = f"torch.nn.modules.module.{hooks}"
             yield state_read(what, None, (f"{text}.{hooks}", names), "{x}", number_of_hooks)
+
+
+def _forward_reads(module: torch.nn.Module, owner: Any, function: Any) -> Iterator[StateRead]:
+    """That the module's forward is still this function, where it isn't a method that its class gives it."""
+    if owner is not module or "forward" in vars(module):
+        (reader, reader_names), (text, names) = root(forward_of), root(module)
+        rooted = f"{reader}({text})", {**reader_names, **names}
+        yield state_read("forward", None, rooted, "{x} is not $function", described, function=function)
 
 
 def _environment_reads(traced: Iterable[types.CodeType], user: str | None) -> Iterator[StateRead]:

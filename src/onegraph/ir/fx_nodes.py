@@ -20,7 +20,8 @@ _IN_PLACE = frozenset(
 def changes_memory(node: Node) -> bool:
     """Whether the call may change one of its arguments in place."""
     if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+        name = str(node.target)
+        return name.endswith("_") if not name.endswith("__") else name.startswith("__i") or name == "__setitem__"
     if node.op != "call_function":
         return False
     return node.target in _IN_PLACE or any(_declares_change(node))

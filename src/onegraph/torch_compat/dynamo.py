@@ -293,11 +293,14 @@ def traced_function(callable_: Any) -> tuple[types.FunctionType, Any]:
 
 def _python_callable(callable_: Any) -> Any:
     """The callable, or its `__call__` where Dynamo finds no Python function in it: an object, a partial as forward."""
-    functions = (types.FunctionType, types.MethodType)
     if isinstance(callable_, torch.nn.Module):
-        return callable_ if isinstance(callable_.forward, functions) else callable_.__call__
+        return callable_ if _is_python(callable_.forward) else callable_.__call__
     called = getattr(callable_, "__call__", None)  # noqa: B004 - its value is what is asked for
-    return called if not isinstance(callable_, functions) and isinstance(called, types.MethodType) else callable_
+    return called if not _is_python(callable_) and _is_python(called) else callable_
+
+
+def _is_python(callable_: Any) -> bool:
+    return isinstance(getattr(callable_, "__func__", callable_), types.FunctionType)
 
 
 def current_fake_mode() -> Any:

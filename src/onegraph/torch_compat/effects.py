@@ -7,7 +7,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.side_effects import SideEffects
+from torch._dynamo.source import LocalCellSource
 from torch._dynamo.variables.base import AttributeMutationExisting
 
 
@@ -30,6 +32,9 @@ def effects() -> Iterator[list[Effect]]:
 
     def stored(self: Any, item: Any, name: str, *args: Any, **kwargs: Any) -> None:
         if item.source is not None and isinstance(item.mutation_type, AttributeMutationExisting):
+            if isinstance(item.source, LocalCellSource):  # it has no expression
+                variable = item.source.local_name
+                raise Unsupported(f"the traced function assigns {variable!r}, a variable of the function around it")
             found.setdefault(Effect(item.source.name, name))
         store_attribute(self, item, name, *args, **kwargs)
 
