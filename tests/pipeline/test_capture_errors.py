@@ -384,7 +384,12 @@ class ChangesGlobals(nn.Module):
 SEEN = False
 
 
-def test_looking_for_further_breaks_changes_no_globals() -> None:
-    error = refused(ChangesGlobals())
+class ChangesGlobalsDecorated(ChangesGlobals):
+    forward = torch.no_grad()(ChangesGlobals.forward)
+
+
+@pytest.mark.parametrize("module", [ChangesGlobals, ChangesGlobalsDecorated])
+def test_looking_for_further_breaks_changes_no_globals(module: type[nn.Module]) -> None:
+    error = refused(module())
     assert line_of(ChangesGlobals.forward, '"second"') in error.where
     assert COUNTED == {"calls": 0} and NAMES == [] and SEEN is False

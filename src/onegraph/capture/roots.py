@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from onegraph.capture.expression_text import ExpressionText
 from onegraph.capture.inputs import CallInputs
 from onegraph.capture.state_check import LITERALS
 from onegraph.torch_compat.guards import expression_scope
@@ -61,8 +62,8 @@ def rooted_expression(name: str, scope: Scope) -> tuple[str, dict[str, Any]] | N
     """The guard's expression with its roots replaced by names, and these names; None if it is about an argument."""
     tree = ast.parse(name, mode="eval").body
     roots = _Roots(scope)
-    text = ast.unparse(roots.visit(tree))
-    return None if roots.arguments else (text, roots.names)
+    rooted = roots.visit(tree)
+    return None if roots.arguments else (ExpressionText()(rooted), roots.names)
 
 
 def argument_expression(name: str, scope: Scope, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -70,7 +71,7 @@ def argument_expression(name: str, scope: Scope, arguments: Mapping[str, Any]) -
     roots = _Roots(scope)
     tree = roots.visit(ast.parse(name, mode="eval").body)
     known = roots.arguments and roots.arguments <= arguments.keys()
-    return (ast.unparse(tree), roots.names) if known else None
+    return (ExpressionText()(tree), roots.names) if known else None
 
 
 class _Roots(ast.NodeTransformer):
@@ -80,6 +81,7 @@ class _Roots(ast.NodeTransformer):
         self.scope = scope
         self.arguments: set[str] = set()
         self.names: dict[str, Any] = {}
+        self.text = ExpressionText()  # of nodes as they were before their visit, which begins with the outermost
 
     def constant(self, value: Any) -> ast.Name:
         name = f"_k{id(value):x}"
@@ -88,7 +90,7 @@ class _Roots(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> Any:
         if isinstance(node, ast.Subscript | ast.Attribute | ast.Call):
-            known = self.scope.constants.get(ast.unparse(node), self)
+            known = self.scope.constants.get(self.text(node), self)
             if isinstance(known, _Cell):
                 return ast.Attribute(self.constant(known.cell), "cell_contents", ast.Load())
             if known is not self:
@@ -97,11 +99,11 @@ class _Roots(ast.NodeTransformer):
 
     def visit_Subscript(self, node: ast.Subscript) -> Any:
         if isinstance(node.value, ast.Name) and node.value.id == "L":
-            key = node.slice.value if isinstance(node.slice, ast.Constant) else ast.unparse(node.slice)
+            key = node.slice.value if isinstance(node.slice, ast.Constant) else self.text(node.slice)
             self.arguments.add(str(key))
             return ast.Name(str(key), ast.Load())
-        if self.scope.self_in_rest and ast.unparse(node.value) == f"L['{self.scope.self_in_rest}']":
-            node = ast.Subscript(node.value, ast.Constant(int(ast.unparse(node.slice)) - 1), ast.Load())
+        if self.scope.self_in_rest and self.text(node.value) == f"L['{self.scope.self_in_rest}']":
+            node = ast.Subscript(node.value, ast.Constant(int(self.text(node.slice)) - 1), ast.Load())
             return self.generic_visit(node)
         if isinstance(node.value, ast.Name) and node.value.id == "G" and isinstance(node.slice, ast.Constant):
             key = str(node.slice.value)
@@ -112,7 +114,7 @@ class _Roots(ast.NodeTransformer):
             isinstance(node.value, ast.Call)
             and isinstance(node.value.func, ast.Name)
             and node.value.func.id == "dict"
-            and ast.unparse(node.value).endswith(".__dict__)")
+            and self.text(node.value).endswith(".__dict__)")
         ):
             return self.generic_visit(ast.Subscript(node.value.args[0], node.slice, ast.Load()))
         return self.generic_visit(node)

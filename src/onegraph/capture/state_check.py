@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from onegraph.capture.expression_text import ExpressionText
 from onegraph.ir.ledger import StateEntry, StateRead
 
 LITERALS = (type(None), bool, int, float, complex, str, bytes)
@@ -49,18 +50,19 @@ class _Code:
     """The check function under construction."""
 
     uses: Counter[str]
+    text: ExpressionText
     lines: list[str] = field(default_factory=list)
     variables: dict[str, str] = field(default_factory=dict)
 
     def value(self, node: ast.AST, keep: bool = False) -> str:
         """Source of the node's value; what is used again is read into a variable once."""
-        text = ast.unparse(node)
+        text = self.text(node)
         if text in self.variables:
             return self.variables[text]
         if isinstance(node, ast.Attribute):
             source = f"{self.value(node.value)}.{node.attr}"
         elif isinstance(node, ast.Subscript):
-            source = f"{self.value(node.value)}[{ast.unparse(node.slice)}]"
+            source = f"{self.value(node.value)}[{self.text(node.slice)}]"
         else:
             return text
         if keep or self.uses[text] > 1:
@@ -73,17 +75,11 @@ class _Code:
 def state_check(reads: tuple[StateRead, ...], also: Callable[[], bool] | None = None) -> Callable[[], bool]:
     """A function without arguments: whether every read finds what the trace found, and `also()`. It never raises."""
     trees = [ast.parse(read.expression, mode="eval").body for read in reads]
-    uses: Counter[str] = Counter()
-    for text in dict.fromkeys(ast.unparse(tree) for tree in trees):
-        uses[text] += 1
-    prefixes = {
-        ast.unparse(n): n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Attribute | ast.Subscript)
-    }
-    for node in prefixes.values():
-        uses[ast.unparse(node.value)] += 1
-    for text, times in Counter(ast.unparse(tree) for tree in trees).items():
-        uses[text] += times - 1
-    code = _Code(uses)
+    text_of = ExpressionText()
+    uses = Counter(map(text_of, trees))
+    prefixes = {text_of(n): n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Attribute | ast.Subscript)}
+    uses.update(text_of(node.value) for node in prefixes.values())
+    code = _Code(uses, text_of)
     names: dict[str, Any] = {"_also": also}
     for read, tree in zip(reads, trees, strict=True):
         names.update(read.names)

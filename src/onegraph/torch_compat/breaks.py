@@ -77,10 +77,18 @@ def further_breaks(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
     return tuple(dict.fromkeys(found))
 
 
+def _with_wrapped(function: Any) -> Iterator[Any]:
+    """The function behind a method, and those that its decorators have wrapped."""
+    function = getattr(function, "__func__", function)
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
 @contextlib.contextmanager
 def _unchanged_globals(module: torch.nn.Module) -> Iterator[None]:
     """The globals of the modules' code as they were, with the contents of their lists, dicts and sets."""
-    forwards: list[Any] = [getattr(type(child), "forward", None) for child in module.modules()]
+    forwards = (forward for child in module.modules() for forward in _with_wrapped(child.forward))
     users = [f for f in forwards if hasattr(f, "__code__") and not is_torch_file(f.__code__.co_filename)]
     spaces = {id(f.__globals__): f.__globals__ for f in users}
     before = [(space, dict(space)) for space in spaces.values()]
