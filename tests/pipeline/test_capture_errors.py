@@ -391,5 +391,7 @@ class ChangesGlobalsDecorated(ChangesGlobals):
 @pytest.mark.parametrize("module", [ChangesGlobals, ChangesGlobalsDecorated])
 def test_looking_for_further_breaks_changes_no_globals(module: type[nn.Module]) -> None:
     error = refused(module())
-    assert line_of(ChangesGlobals.forward, '"second"') in error.where
+    assert line_of(ChangesGlobals.forward, '"first"') in error.where
+    if module is ChangesGlobals:  # torch's trace of further breaks ends where a decorator's context is left
+        assert line_of(ChangesGlobals.forward, '"second"') in error.where
     assert COUNTED == {"calls": 0} and NAMES == [] and SEEN is False

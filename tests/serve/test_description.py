@@ -100,8 +100,10 @@ def make_likelier(body: dict[str, Any]) -> None:
     body["max_tokens"] = 3
     if isinstance(body.get("prompt"), list):
         body["prompt"] = "a"
-    for message in body.get("messages") or []:
-        message.update(role="user", content=message.get("content") or "a")
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else []:
+        if isinstance(message, dict):
+            message.update(role="user", content=message.get("content") or "a")
 
 
 VALUES = st.recursive(
