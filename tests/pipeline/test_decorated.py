@@ -267,6 +267,25 @@ def test_a_decorator_with_arguments_of_its_own(rows: int) -> None:
         misspelt(2.0, x)
 
 
+def untyped(function):  # type: ignore[no-untyped-def]
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):  # type: ignore[no-untyped-def]
+        flag = kwargs.pop("flag", 1.0)
+        return function(*args, **kwargs) * flag
+
+    return wrapper
+
+
+def test_a_plain_function_behind_a_decorator_with_an_argument_of_its_own() -> None:
+    @untyped
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    compiled = onegraph.compile(function, dynamic_shapes=X, config={"backend": "eager"})
+    for rows in (4, 7):
+        torch.testing.assert_close(compiled(torch.ones(rows, 4), flag=3.0), torch.full((rows, 4), 6.0))
+
+
 class Called(nn.Module):
     def __call__(self, x: torch.Tensor, extra: float = 2.0) -> Any:
         return super().__call__(x) * extra
@@ -334,9 +353,10 @@ def drawn(x: torch.Tensor) -> Any:
         (Decorated(), "Dynamo does not know how to trace"),
         (counting(), "the traced function assigns 'calls', a variable of the function around it"),
         (drawn, "drawn can't be captured: its body runs when its result is iterated or awaited"),
+        (nn.ReLU, "can't be captured: it is a type"),
         (functools.partial(torch.mul, other=2), "can't be captured: it is a partial"),
     ],
-    ids=["tensor of an object", "object as decorator", "nonlocal", "generator", "partial"],
+    ids=["tensor of an object", "object as decorator", "nonlocal", "generator", "class", "partial"],
 )
 def test_what_cannot_be_captured_is_told(function: Any, told: str) -> None:
     compiled = onegraph.compile(function, dynamic_shapes={}, config={"backend": "eager"})

@@ -18,7 +18,7 @@ from torch.export import Dim
 
 from onegraph.capture.dim_specs import child_spec, dim_items, is_static, specs_by_name
 from onegraph.capture.regions import PREDICATE_FUNCTIONS, UNBACKED, Sizing
-from onegraph.capture.signatures import HANDED_ON, CallSignature
+from onegraph.capture.signatures import CallSignature
 from onegraph.errors import CaptureError, ConfigError, ShapeOutOfRangeError
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.region import canonical_hint
@@ -101,7 +101,7 @@ def read_call(
     try:
         by_name: Mapping[str, Any] = _bound(signature.written, args, kwargs).arguments
     except ConfigError:
-        if signature.traced == HANDED_ON and not signature.self_in_rest:
+        if not signature.may_differ or signature.traced == signature.written:
             raise
         fits, by_name = False, {**{name: {} for name in signature.written.parameters}, **bound.arguments, **kwargs}
     specs = specs_by_name(dynamic_shapes, signature.written, by_name)

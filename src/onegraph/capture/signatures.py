@@ -20,15 +20,13 @@ class CallSignature:
     `written` is the signature that people know, by whose names they declare dims; `traced` is that of the function
     which Dynamo traces. They differ where a decorator or `Module.__call__` takes `*args, **kwargs` and hands them on.
     Neither has the function's `self`. Where that is the first of its `*args`, `self_in_rest` names these.
+    `may_differ` says that a call may fit `traced` alone, since a decorator may have arguments of its own.
     """
 
     written: inspect.Signature
     traced: inspect.Signature
     self_in_rest: str = ""
-
-
-HANDED_ON = inspect.signature(lambda *args, **kwargs: None)
-"""That of torch's `Module.__call__`."""
+    may_differ: bool = True
 
 
 def traced_function(module: Any) -> tuple[Any, Any]:
@@ -61,17 +59,23 @@ def call_signature(module: Any) -> CallSignature:
     """How a call of `module` reaches the function that is traced. Raises CaptureError as `traced_function`."""
     function, owner = traced_function(module)
     own, rest = _without_self(inspect.signature(function, follow_wrapped=False), owner)
-    if isinstance(module, torch.nn.Module) and own == HANDED_ON and function is not forward_of(module):
+    if isinstance(module, torch.nn.Module) and function is not forward_of(module) and _takes_anything(own):
         try:
-            return CallSignature(inspect.signature(module.forward), own)  # through __call__
+            written = inspect.signature(module.forward)
         except ValueError:  # an object in the method's place, which doesn't say
-            return CallSignature(own, own)
+            written = own
+        return CallSignature(written, own, rest, may_differ=function is not torch.nn.Module.__call__)
     return CallSignature(_without_self(inspect.signature(function), owner)[0], own, rest)
 
 
 def forward_of(module: torch.nn.Module) -> Any:
     """The function behind `module.forward`."""
     return getattr(module.forward, "__func__", module.forward)
+
+
+def _takes_anything(signature: inspect.Signature) -> bool:
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    return kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
 
 
 def _without_self(signature: inspect.Signature, owner: Any) -> tuple[inspect.Signature, str]:

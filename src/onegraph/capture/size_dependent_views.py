@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from onegraph.capture.constraints import holds_over
-from onegraph.ir.fx_nodes import changes_memory, storage_of, value_of
+from onegraph.ir.fx_nodes import changed_arguments, storage_of, value_of
 from onegraph.torch_compat import shapes
 from onegraph.torch_compat.shapes import RawCondition
 
@@ -26,24 +26,70 @@ Ranges = Mapping[str, tuple[int, int]]
 
 
 def size_dependent_views(graph_module: torch.fx.GraphModule, ranges: Ranges) -> list[RawCondition]:
-    """That results which tracing took for copies are none of the views that they may be, where that shows: one of
-    both is written to later, and the other one is read after that, by the graph or by the caller.
+    """That results which tracing took for copies are none of the views that they may be, where that shows: memory is
+    written to, and what may be a view of it is read after that, by the graph or by the caller.
 
     `ranges` are those of torch's symbols for declared sizes, by their names.
     """
-    nodes = list(graph_module.graph.nodes)
     found = []
-    for index, node in enumerate(nodes):
-        source = node.args[0] if _name(node) in _MAY_COPY and node.args else None
-        if not isinstance(source, Node) or storage_of(source) in (None, storage_of(node)):
-            continue
-        if not _shows(nodes, index, storage_of(source), storage_of(node)):
-            continue
-        is_view = _is_view(node, value_of(source), value_of(node), ranges)
+    for path in _shown_paths(list(graph_module.graph.nodes)):
+        is_view = sympy.And(*(_is_view(node, ranges) for node in path))
         if is_view is not sympy.false:
-            place = shapes.user_line(node.meta.get("stack_trace"))
+            place = shapes.user_line(path[-1].meta.get("stack_trace"))
             found.append(RawCondition(sympy.simplify_logic(sympy.Not(is_view)), place, None))
     return found
+
+
+Path = tuple[Node, ...]
+
+
+def _shown_paths(nodes: list[Node]) -> list[Path]:
+    """The runs of calls that may copy, between memory that is written to and memory that is read after the write."""
+    made_from: dict[int, tuple[int, Node]] = {}
+    writes: list[dict[int, Path]] = []
+    shown: dict[Path, None] = {}
+    for node in nodes:
+        read = {storage_of(one) for one in node.all_input_nodes}
+        for related in writes:
+            shown.update((path, None) for storage, path in related.items() if storage in read)
+        for changed in map(storage_of, changed_arguments(node)):
+            writes += [related] if (related := _related(changed, made_from)) else []
+        source, result = _source(node), storage_of(node)
+        before = None if source is None else storage_of(source)
+        if before is not None and result is not None and before != result:
+            made_from[result] = before, node
+    held = {storage_of(node) for node in nodes if node.op in _PLACEHOLDERS}
+    for related in writes:
+        shown.update((path, None) for storage, path in related.items() if storage in held)
+    return list(shown)
+
+
+def _related(storage: int | None, made_from: Mapping[int, tuple[int, Node]]) -> dict[int, Path]:
+    """The other storages that may be the same memory, each with the calls in between."""
+    mine = _ancestry(storage, made_from)
+    found: dict[int, Path] = {}
+    for other in {*made_from, *(before for before, _ in made_from.values())} - {storage}:
+        theirs = _ancestry(other, made_from)
+        if mine[-1] == theirs[-1]:
+            between = {*mine} ^ {*theirs}
+            found[other] = tuple(node for result, (_, node) in made_from.items() if result in between)
+    return found
+
+
+def _ancestry(storage: int | None, made_from: Mapping[int, tuple[int, Node]]) -> list[int | None]:
+    """The storage, the one that it was made from, and so on to the first."""
+    chain = [storage]
+    while (made := made_from.get(chain[-1])) is not None:  # type: ignore[arg-type]
+        chain.append(made[0])
+    return chain
+
+
+def _source(node: Node) -> Node | None:
+    """What a call that may copy is given; None for any other call."""
+    if _name(node) not in _MAY_COPY:
+        return None
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    return source if isinstance(source, Node) else None
 
 
 def _name(node: Node) -> str:
@@ -53,13 +99,16 @@ def _name(node: Node) -> str:
     return str(getattr(packet, "__name__", "")) if node.op == "call_function" else ""
 
 
-def _is_view(node: Node, source: torch.Tensor, result: torch.Tensor, ranges: Ranges) -> Any:
+def _is_view(node: Node, ranges: Ranges) -> Any:
     """When the result is a view, as a condition on symbols.
 
     Method: PyTorch's own (`computeStride`). `reshape` needs each run of dims that it merges to be evenly spaced, but
     for dims of size 1. `contiguous` needs that of all dims, down to a step of 1.
     """
-    size, stride, target = ([_expression(n) for n in each] for each in (source.shape, source.stride(), result.shape))
+    source, result = value_of(node.args[0] if node.args else node.kwargs["input"]), value_of(node)
+    size, stride, target = (
+        [_expression(n, ranges) for n in each] for each in (source.shape, source.stride(), result.shape)
+    )
     if _name(node) == "contiguous":
         order = _CHANNELS.get(node.kwargs.get("memory_format", torch.contiguous_format), range(len(size)))
         return _evenly_spaced(
@@ -113,17 +162,13 @@ def _merged_runs(size: Sequence[Any], target: Sequence[Any]) -> list[tuple[int, 
     return runs if first == len(size) else [(0, len(size))]
 
 
-def _expression(size: Any) -> Any:
-    return shapes.expression(size, None)
-
-
-def _shows(nodes: list[Node], index: int, source: int | None, result: int | None) -> bool:
-    """Whether one storage is written to after a node, and the other one is read after the write."""
-    written: set[int | None] = set()
-    for node in nodes[index + 1 :]:
-        read = {storage_of(one) for one in node.all_input_nodes}
-        if (source in written and result in read) or (result in written and source in read):
-            return True
-        if changes_memory(node):
-            written |= read & {source, result}
-    return result in written and any(one.op in _PLACEHOLDERS and storage_of(one) == source for one in nodes)
+def _expression(size: Any, ranges: Ranges) -> Any:
+    """The size's expression. Strides of fresh memory hold `Max(1, n)`, which is `n` where that is never 0."""
+    expression = shapes.expression(size, None)
+    positive = {s for s in expression.free_symbols if ranges.get(str(s), (0, 0))[0] >= 1}
+    return expression.replace(
+        lambda part: (
+            type(part).__name__ == "Max" and len(part.args) == 2 and part.args[0] == 1 and {part.args[1]} <= positive
+        ),
+        lambda part: part.args[1],
+    )

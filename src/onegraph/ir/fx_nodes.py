@@ -27,6 +27,22 @@ def changes_memory(node: Node) -> bool:
     return node.target in _IN_PLACE or any(_declares_change(node))
 
 
+def changed_arguments(node: Node) -> list[Node]:
+    """The nodes among the call's arguments that it may change in place; all of them where it doesn't say which."""
+    if not changes_memory(node):
+        return []
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        given = dict(zip((one.name for one in schema.arguments), node.args, strict=False)) | node.kwargs
+        writes = [one.name for one in schema.arguments if one.alias_info is not None and one.alias_info.is_write]
+        changed = [given.get(name) for name in writes]
+        if all(isinstance(one, Node) for one in changed):
+            return changed
+    elif (node.op == "call_method" or node.target in _IN_PLACE) and isinstance(node.args[0], Node):
+        return [node.args[0]]
+    return list(node.all_input_nodes)
+
+
 def _declares_change(node: Node) -> Iterator[bool]:
     target = node.target
     overloads = getattr(target, "overloads", None)

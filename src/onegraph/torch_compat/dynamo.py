@@ -295,8 +295,10 @@ def _python_callable(callable_: Any) -> Any:
     """The callable, or its `__call__` where Dynamo finds no Python function in it: an object, a partial as forward."""
     if isinstance(callable_, torch.nn.Module):
         return callable_ if _is_python(callable_.forward) else callable_.__call__
+    if isinstance(callable_, type) or _is_python(callable_):
+        return callable_
     called = getattr(callable_, "__call__", None)  # noqa: B004 - its value is what is asked for
-    return called if not _is_python(callable_) and _is_python(called) else callable_
+    return called if _is_python(called) else callable_
 
 
 def _is_python(callable_: Any) -> bool:
