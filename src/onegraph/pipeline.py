@@ -308,10 +308,7 @@ def _explain(
         plan_source=plan_source(first.plan),
         num_ops=first.captured.num_ops,
         custom_ops=tuple(op for one in made for op in one.custom_ops),
-        notes=(
-            *config.downgrades,
-            *dict.fromkeys(note for one in made for piece in one.pieces for note in piece.notes),
-        ),
+        notes=tuple(dict.fromkeys(note for one in made for piece in one.pieces for note in piece.notes)),
     )
 
 
@@ -349,4 +346,4 @@ def _range(one: Specialised, index: int, several: bool) -> RangeExplanation:
 
 def empty_explanation(name: str, config: ResolvedConfig) -> Explanation:
     """What can be said before the first call, or of a mode that compiles nothing of ours."""
-    return Explanation(model=name, config=config.to_dict(), ledger=Ledger(), notes=config.downgrades)
+    return Explanation(model=name, config=config.to_dict(), ledger=Ledger())

@@ -1,19 +1,17 @@
 """The effective configuration: each value with the reason why it is what it is.
 
 Levels give defaults, the user's fields go over them, ONEGRAPH_COMPILATION_CONFIG over those. What was asked for
-and can't be honoured is a ConfigError; a default that can't be is lowered, with a reason and a count.
+and can't be honoured is a ConfigError.
 """
 
 from __future__ import annotations
 
 import enum
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from onegraph.config.compilation import FIELDS, CompilationConfig, CompilationMode, CUDAGraphMode
-from onegraph.counters import counters
 from onegraph.env import Environment
 from onegraph.errors import ConfigError
 
@@ -64,7 +62,6 @@ class ResolvedConfig:
     inductor_compile_config: Mapping[str, Any]
     max_num_tokens: int
     why: Mapping[str, str]
-    downgrades: tuple[str, ...]
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """`{name: {"value": JSON-able, "why": text}}`, in the order of the fields."""
@@ -127,11 +124,9 @@ def resolve(
     _refuse_contradictions(given, levels["mode"], enforce_eager)
     values = {name: Default(value) for name, value in ALWAYS.items()} | levels | given
     values["inductor_compile_config"] = _autotuned(values)
-    downgrades = _lower_defaults(values, given)
     return ResolvedConfig(
         **{name: values[name].value for name in FIELDS},
         why={name: values[name].why for name in FIELDS},
-        downgrades=downgrades,
     )
 
 
@@ -229,16 +224,6 @@ def _refuse_what_cant_be_done(given: Mapping[str, Default], rules: DeviceRules) 
         )
 
 
-def _lower_defaults(values: dict[str, Default], given: Mapping[str, Default]) -> tuple[str, ...]:
-    split = values["splitting_ops"]
-    if split.value == () or "splitting_ops" in given:
-        return ()
-    asked = json.dumps(list(split.value)).replace(" ", "")
-    values["splitting_ops"] = Default((), f"{split.why}, lowered: this version splits where that is asked for")
-    counters.add("downgrades")
-    return (f"the whole graph is one piece; -O.splitting_ops='{asked}' splits it at attention",)
-
-
 def _jsonable(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.name
@@ -249,4 +234,4 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-assert {field.name for field in fields(ResolvedConfig)} - {"why", "downgrades"} == set(FIELDS)
+assert {field.name for field in fields(ResolvedConfig)} - {"why"} == set(FIELDS)

@@ -10,7 +10,6 @@ import pytest
 
 from onegraph.config.compilation import FIELDS, CompilationConfig, CompilationMode, CUDAGraphMode
 from onegraph.config.resolve import ALWAYS, HONOURED, DeviceRules, ResolvedConfig, resolve
-from onegraph.counters import counters
 from onegraph.env import environment
 from onegraph.errors import ConfigError
 
@@ -170,23 +169,15 @@ def test_asking_for_what_is_done_anyway_is_fine(name: str) -> None:
 def test_the_graph_is_split_and_pieces_run_uncompiled_where_that_is_asked_for() -> None:
     config = resolved({"splitting_ops": ["onegraph::paged_attention"], "eager_pieces": [3, 7]})
     assert config.splitting_ops == ("onegraph::paged_attention",) and config.eager_pieces == (3, 7)
-    assert config.downgrades == ()
 
 
-def test_a_default_that_cannot_be_had_is_lowered_told_and_counted() -> None:
-    with counters.expect(downgrades=1):
-        config = resolved()
-    assert config.splitting_ops == ()
-    assert "lowered" in config.why["splitting_ops"]
-    assert len(config.downgrades) == 1
-
-
-@pytest.mark.parametrize("fields", [{"splitting_ops": []}, {"level": 1}, {"mode": 0}])
-def test_nothing_is_lowered_that_was_not_wanted(fields: dict[str, Any]) -> None:
-    with counters.expect(downgrades=0):
-        assert resolved(fields).downgrades == ()
-    with counters.expect(downgrades=0):
-        resolved(env=fields)
+def test_the_graph_is_split_at_attention_unless_the_level_or_the_mode_says_otherwise() -> None:
+    config = resolved()
+    assert config.splitting_ops == ("onegraph::write_kv_cache", "onegraph::paged_attention")
+    assert config.why["splitting_ops"] == "level -O2 (default)"
+    assert resolved({"level": 3}).splitting_ops == config.splitting_ops
+    for fields in ({"splitting_ops": []}, {"level": 1}, {"mode": 0}):
+        assert resolved(fields).splitting_ops == ()
 
 
 def test_every_field_has_a_reason_and_prints_as_json() -> None:
