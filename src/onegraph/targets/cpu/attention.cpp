@@ -34,17 +34,22 @@ namespace onegraph {
 #if defined(__AVX512F__)
 constexpr int W = 16;                // floats of a vector
 constexpr int MAX_MULTIPLIED = 12;   // rows whose sums stay in registers, two vectors each
+constexpr int MAX_SHARED = 4;        // heads whose sums stay in registers, four vectors each
 #elif defined(__AVX2__)
 constexpr int W = 8;
 constexpr int MAX_MULTIPLIED = 6;
+constexpr int MAX_SHARED = 2;
 #else
 constexpr int W = 4;
 constexpr int MAX_MULTIPLIED = 6;
+constexpr int MAX_SHARED = 2;
 #endif
 constexpr int PANEL = 2 * W;         // keys that are multiplied at a time
 constexpr int TILE_KEYS = 64;        // keys that the rows of an item share while they are in the cache
 constexpr int TILE_ROWS = 192;       // rows of an item
-constexpr int DOT_KEYS = 32;
+constexpr int DOT_KEYS = 128;        // keys of a query of its own that are weighed at a time
+constexpr int CHUNK = 8;             // of which so many are read for all heads, one after the other
+constexpr int AHEAD = 2 * CHUNK;     // and so far before they are
 constexpr int MAX_DOT_ROWS = 16;     // from here on, multiplying tiles is faster
 constexpr int64_t SPLIT_KEYS = 128;  // keys of an item where a request has one tile of queries
 constexpr int64_t SERIAL_WORK = 1 << 18;  // multiplications that take less time than starting threads
@@ -66,8 +71,12 @@ struct BFloat16 {
 static inline Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
 static inline void store(float* to, Floats value) { *reinterpret_cast<LooseFloats*>(to) = value; }
 static inline Floats load(const BFloat16* from) {
-  const Halves halves = *reinterpret_cast<const LooseHalves*>(from);
-  return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+#if defined(__AVX512F__)  // the conversion of the compiler's own takes twice as many instructions
+  const Words words = reinterpret_cast<Words>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#else
+  const Words words = __builtin_convertvector(*reinterpret_cast<const LooseHalves*>(from), Words);
+#endif
+  return reinterpret_cast<Floats>(words << 16);
 }
 static inline float to_float(float value) { return value; }
 static inline float to_float(BFloat16 value) {
@@ -313,61 +322,138 @@ static void write_rows(const Problem& p, const Item& item, State state) {
   }
 }
 
-static inline void eight_scores(const float* query, const float* const* keys, int64_t P, float* scores) {
-  Floats sum[8] = {};
+// The scores of four keys under HEADS heads that share them: scores[head, i], rows of DOT_KEYS.
+template <int HEADS, typename U>
+static inline void four_scores(const float* queries, const U* const* keys, int64_t from, int64_t P, float* scores) {
+  Floats sum[HEADS][4] = {};
   for (int64_t d = 0; d < P; d += W) {
-    const Floats some = load(query + d);
-    for (int i = 0; i < 8; i++) sum[i] += some * load(keys[i] + d);
+    Floats key[4];
+    for (int i = 0; i < 4; i++) key[i] = load(keys[i] + from + d);
+    for (int h = 0; h < HEADS; h++) {
+      const Floats query = load(queries + h * P + d);
+      for (int i = 0; i < 4; i++) sum[h][i] += query * key[i];
+    }
   }
-  const Four first = sums(sum[0], sum[1], sum[2], sum[3]), second = sums(sum[4], sum[5], sum[6], sum[7]);
-  std::memcpy(scores, &first, 16);
-  std::memcpy(scores + 4, &second, 16);
+  for (int h = 0; h < HEADS; h++) {
+    const Four four = sums(sum[h][0], sum[h][1], sum[h][2], sum[h][3]);
+    std::memcpy(scores + h * DOT_KEYS, &four, 16);
+  }
 }
 
-// Adds weighted values to a row's sums, for NV vectors from d on.
-template <int NV>
-static inline void add_values(float* to, float factor, const float* weights, const float* const* values, int64_t count, int64_t d) {
-  Floats sum[NV];
-  for (int j = 0; j < NV; j++) sum[j] = load(to + d + j * W) * factor;
-  for (int64_t i = 0; i < count; i++)
-    for (int j = 0; j < NV; j++) sum[j] += load(values[i] + d + j * W) * weights[i];
-  for (int j = 0; j < NV; j++) store(to + d + j * W, sum[j]);
+// Adds weighted values to the sums of HEADS heads that share them, for NV vectors: to[head, P], weights[head, DOT_KEYS].
+template <int HEADS, int NV, typename U>
+static inline void add_values(
+    float* to, const float* weights, const U* const* values, int64_t from, int64_t count, int64_t P) {
+  Floats sum[HEADS][NV];
+  for (int h = 0; h < HEADS; h++)
+    for (int j = 0; j < NV; j++) sum[h][j] = load(to + h * P + j * W);
+  for (int64_t i = 0; i < count; i++) {
+    Floats value[NV];
+    for (int j = 0; j < NV; j++) value[j] = load(values[i] + from + j * W);
+    for (int h = 0; h < HEADS; h++)
+      for (int j = 0; j < NV; j++) sum[h][j] += value[j] * weights[h * DOT_KEYS + i];
+  }
+  for (int h = 0; h < HEADS; h++)
+    for (int j = 0; j < NV; j++) store(to + h * P + j * W, sum[h][j]);
+}
+
+// Calls `with` with a compile-time number of heads, for at most MAX_SHARED of `heads` at a time.
+template <typename F>
+static inline void for_shared_heads(int64_t heads, F&& with) {
+  int64_t g = 0;
+  for (; g + MAX_SHARED <= heads; g += MAX_SHARED) with(g, std::integral_constant<int, MAX_SHARED>());
+  if constexpr (MAX_SHARED > 3)
+    if (heads - g == 3) return with(g, std::integral_constant<int, 3>());
+  if (heads - g == 2) return with(g, std::integral_constant<int, 2>());
+  if (heads - g == 1) return with(g, std::integral_constant<int, 1>());
+}
+
+// All heads' scores of up to CHUNK keys, whose rows have their key-value heads `head_step` elements apart.
+template <typename U>
+static inline void score_chunk(
+    const Problem& p, const float* queries, const U* const* keys, int64_t head_step, int64_t count, float* scores) {
+  const int64_t G = p.G(), P = p.P();
+  for (int64_t i = 0; i < count; i += 4)
+    for (int64_t kv_head = 0; kv_head < p.K; kv_head++)
+      for_shared_heads(G, [&](int64_t g, auto heads) {
+        const int64_t row = kv_head * G + g;
+        four_scores<heads.value>(queries + row * P, keys + i, kv_head * head_step, P, scores + row * DOT_KEYS + i);
+      });
+}
+
+// All heads' sums, with up to CHUNK values more.
+template <typename U>
+static inline void add_chunk(
+    const Problem& p, float* sums, const U* const* values, int64_t head_step, int64_t count, const float* weights) {
+  const int64_t G = p.G(), P = p.P();
+  for (int64_t kv_head = 0; kv_head < p.K; kv_head++)
+    for_shared_heads(G, [&](int64_t g, auto heads) {
+      constexpr int HEADS = heads.value;
+      const int64_t row = kv_head * G + g, from = kv_head * head_step;
+      float* to = sums + row * P;
+      const float* own = weights + row * DOT_KEYS;
+      int64_t d = 0;
+      for (; d + 4 * W <= P; d += 4 * W) add_values<HEADS, 4>(to + d, own, values, from + d, count, P);
+      for (; d < P; d += W) add_values<HEADS, 1>(to + d, own, values, from + d, count, P);
+    });
+}
+
+// Has rows of `size` elements brought into the cache, which the processor doesn't guess across blocks.
+template <typename T>
+static inline void prefetch(const T* const* rows, int64_t begin, int64_t end, int64_t size) {
+  for (int64_t i = begin; i < end; i++)
+    for (int64_t at = 0; at < size; at += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(rows[i] + at);
+}
+
+// Calls `with(rows, head_step, first, count)` for chunks of rows in which whole vectors can be read: in place where
+// heads are whole vectors, else as fp32 copies. Up to three rows beyond a chunk's end repeat its first.
+template <typename T, typename F>
+static inline void for_chunks(const Problem& p, const T** rows, int64_t count, float* memory, F&& with) {
+  const int64_t P = p.P();
+  if (P == p.D) {
+    for (int64_t i = count; i % 4; i++) rows[i] = rows[0];
+    for (int64_t i = 0; i < count; i += CHUNK) {
+      prefetch(rows, i + AHEAD, std::min(count, i + AHEAD + CHUNK), p.K * p.D);
+      with(rows + i, p.D, i, std::min<int64_t>(CHUNK, count - i));
+    }
+    return;
+  }
+  const float* wide[CHUNK];
+  for (int64_t i = 0; i < CHUNK; i++) wide[i] = memory + i * p.K * P;
+  for (int64_t i = 0; i < count; i += CHUNK) {
+    const int64_t some = std::min<int64_t>(CHUNK, count - i);
+    for (int64_t j = 0; j < CHUNK; j++)
+      for (int64_t kv_head = 0; kv_head < p.K; kv_head++)
+        widen(rows[i + (j < some ? j : 0)] + kv_head * p.D, memory + (j * p.K + kv_head) * P, p.D, P);
+    with(static_cast<const float* const*>(wide), P, i, some);
+  }
 }
 
 template <typename T>
 static void attend_by_dots(const Problem& p, const Item& item, State state, const float* queries, float* memory) {
-  constexpr int64_t STEP = std::max(W, 8);  // whole vectors, and whole calls of eight_scores
-  const int64_t G = p.G(), P = p.P();
-  const T *keys[DOT_KEYS], *values[DOT_KEYS];
-  const float* wide[DOT_KEYS];
-  float* scores = memory + DOT_KEYS * P;  // [G, DOT_KEYS]
-  float factors[MAX_DOT_ROWS];
+  const int64_t P = p.P();
+  const T* rows[DOT_KEYS];
+  float* scores = memory + CHUNK * p.K * P;  // [H, DOT_KEYS]
   for (int64_t place = item.begin; place < item.end; place += DOT_KEYS) {
-    const int64_t count = std::min<int64_t>(DOT_KEYS, item.end - place);
-    find_rows(p, static_cast<const T*>(p.k_cache), item.request, place, count, keys);
-    find_rows(p, static_cast<const T*>(p.v_cache), item.request, place, count, values);
-    const int64_t cols = (count + STEP - 1) / STEP * STEP;
-    for (int64_t kv_head = 0; kv_head < p.K; kv_head++) {
-      widen_rows(p, keys, kv_head * p.D, count, memory, wide);
-      for (int64_t i = count; i % 8; i++) wide[i] = wide[0];
-      for (int64_t g = 0; g < G; g++) {
-        const int64_t row = kv_head * G + g;
-        float* own = scores + g * DOT_KEYS;
-        for (int64_t i = 0; i < count; i += 8) eight_scores(queries + row * P, wide + i, P, own + i);
-        std::fill(own + (count + 7) / 8 * 8, own + cols, 0.0f);
-        cap(p, own, cols);
-        std::fill(own + count, own + cols, NOTHING);
-        factors[g] = weigh(own, cols, state.most[row], state.total[row]);
-      }
-      widen_rows(p, values, kv_head * p.D, count, memory, wide);
-      for (int64_t g = 0; g < G; g++) {
-        float *to = state.sums + (kv_head * G + g) * P, *own = scores + g * DOT_KEYS;
-        int64_t d = 0;
-        for (; d + 8 * W <= P; d += 8 * W) add_values<8>(to, factors[g], own, wide, count, d);
-        for (; d + 4 * W <= P; d += 4 * W) add_values<4>(to, factors[g], own, wide, count, d);
-        for (; d < P; d += W) add_values<1>(to, factors[g], own, wide, count, d);
-      }
+    const int64_t count = std::min<int64_t>(DOT_KEYS, item.end - place), cols = (count + W - 1) / W * W;
+    find_rows(p, static_cast<const T*>(p.k_cache), item.request, place, count, rows);
+    for_chunks<T>(p, rows, count, memory, [&](auto keys, int64_t head_step, int64_t first, int64_t some) {
+      score_chunk(p, queries, keys, head_step, some, scores + first);
+    });
+    for (int64_t row = 0; row < p.H; row++) {
+      float* own = scores + row * DOT_KEYS;
+      std::fill(own + count, own + cols, 0.0f);
+      cap(p, own, cols);
+      std::fill(own + count, own + cols, NOTHING);
+      const float factor = weigh(own, cols, state.most[row], state.total[row]);
+      float* sum = state.sums + row * P;
+      if (factor != 1)
+        for (int64_t d = 0; d < P; d += W) store(sum + d, load(sum + d) * factor);
     }
+    find_rows(p, static_cast<const T*>(p.v_cache), item.request, place, count, rows);
+    for_chunks<T>(p, rows, count, memory, [&](auto values, int64_t head_step, int64_t first, int64_t some) {
+      add_chunk(p, state.sums, values, head_step, some, scores + first);
+    });
   }
 }
 
@@ -473,7 +559,7 @@ static void attend_by_tiles(const Problem& p, const Item& item, State state, con
 template <typename T>
 static void run_item(const Problem& p, const Item& item, float* parts) {
   const int64_t P = p.P(), rows = item.rows();
-  const int64_t tile = item.by_dots ? DOT_KEYS * (P + p.G()) : TILE_KEYS * (2 * P + MAX_MULTIPLIED);
+  const int64_t tile = item.by_dots ? CHUNK * p.K * P + p.H * DOT_KEYS : TILE_KEYS * (2 * P + MAX_MULTIPLIED);
   float* queries = scratch(rows * P + State::size(rows, P) + tile);
   float* own = queries + rows * P;
   const State state(item.part < 0 ? own : parts + item.part, rows, P);
