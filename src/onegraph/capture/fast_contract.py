@@ -48,9 +48,11 @@ def fast_path(
             conditions += _container_conditions(constant, container, local)
     tensors = {id(leaf.value): leaf for leaf in reversed(leaves)}  # the first place of each
     firsts = [leaf for leaf in leaves if tensors[id(leaf.value)] is leaf]
-    for leaf in firsts:  # C++ ends the process for a nested tensor
-        conditions.append(f"not {local.assigned(leaf.code)}.is_nested")
-    sizes = _sizes(leaves, size_names, local)
+    measured = {dim.name: leaf for leaf in reversed(firsts) for dim in leaf.dims.values()}  # the first of each dim
+    for leaf in firsts:  # C++ ends the process for a nested tensor; one that is asked for its shape raises
+        if leaf not in measured.values():
+            conditions.append(f"not {local.assigned(leaf.code)}.is_nested")
+    sizes = _sizes(measured, size_names, local)
     check = constant(_CheckBySizes(firsts, tuple(sizes), inputs.dims))
     tensors_given = ", ".join(local.assigned(leaf.code) for leaf in firsts)
     conditions.append(f"{check}[{', '.join(sizes.values()) or '()'}]({tensors_given})")
@@ -95,13 +97,12 @@ class _Locals:
         return f"({self.names[code]} := {value})"
 
 
-def _sizes(leaves: Sequence[Leaf], size_names: Mapping[str, str], local: _Locals) -> dict[str, str]:
+def _sizes(measured: Mapping[str, Leaf], size_names: Mapping[str, str], local: _Locals) -> dict[str, str]:
     """Dim -> an expression that reads its size off the first tensor with it, and sets the variable for it."""
     found: dict[str, str] = {}
-    for leaf in leaves:
-        for index, dim in leaf.dims.items():
-            if dim.name not in found:
-                found[dim.name] = f"({size_names[dim.name]} := {local.assigned(leaf.code)}.shape[{index}])"
+    for name, leaf in measured.items():
+        index = next(i for i, dim in leaf.dims.items() if dim.name == name)
+        found[name] = f"({size_names[name]} := {local.assigned(leaf.code)}.shape[{index}])"
     return found
 
 
