@@ -31,7 +31,7 @@ def changed_arguments(node: Node) -> list[Node]:
     """The nodes among the call's arguments that it may change in place; all of them where it doesn't say which."""
     if not changes_memory(node):
         return []
-    schema = getattr(node.target, "_schema", None)
+    schema = _schema(node.target)
     if schema is not None:
         given = dict(zip((one.name for one in schema.arguments), node.args, strict=False)) | node.kwargs
         writes = [one.name for one in schema.arguments if one.alias_info is not None and one.alias_info.is_write]
@@ -41,6 +41,12 @@ def changed_arguments(node: Node) -> list[Node]:
     elif (node.op == "call_method" or node.target in _IN_PLACE) and isinstance(node.args[0], Node):
         return [node.args[0]]
     return list(node.all_input_nodes)
+
+
+def _schema(target: Any) -> Any:
+    """The schema of an operator, or of the only overload of a packet; None for anything else."""
+    overloads: list[str] = getattr(target, "overloads", list)()
+    return getattr(getattr(target, overloads[0]) if len(overloads) == 1 else target, "_schema", None)
 
 
 def _declares_change(node: Node) -> Iterator[bool]:

@@ -75,7 +75,8 @@ def _take_tuples_apart(graph: Graph) -> None:
                     if index not in items:
                         items[index] = graph.call_function(operator.getitem, (node, index))
                         items[index].meta = {**node.meta, "example_value": one}
-            _replace_in_users(node, type(value)(items[index] for index in range(len(value))), set(items.values()))
+            kind = tuple if isinstance(value, torch.Size) else type(value)
+            _replace_in_users(node, kind(items[index] for index in range(len(value))), set(items.values()))
         for index in sorted(items, reverse=True):
             node.append(items[index])
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
-from onegraph.ir.fx_nodes import changes_memory, storage_of
+from onegraph.ir.fx_nodes import changed_arguments, storage_of
 
 
 def eager_reason(
@@ -33,11 +33,6 @@ def _several_in(nodes: Iterable[Node], storages: set[int]) -> bool:
 
 
 def changed_storages(nodes: Iterable[Node]) -> set[int]:
-    """The storages of all tensors that are given to a call that may change one."""
-    return {
-        storage
-        for node in nodes
-        if changes_memory(node)
-        for storage in map(storage_of, node.all_input_nodes)
-        if storage is not None
-    }
+    """The storages of all tensors that a call may change."""
+    changed = (storage_of(one) for node in nodes for one in changed_arguments(node))
+    return {storage for storage in changed if storage is not None}
