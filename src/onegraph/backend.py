@@ -30,6 +30,7 @@ def compile_dynamo_graph(
             "torch.compile(backend='onegraph') is for inference, and this call needs gradients",
             hint="call under torch.no_grad() or torch.inference_mode()",
         )
+    _refuse_what_needs_a_range(config)
     fakes = tuple(n.meta["example_value"] for n in graph_module.graph.find_nodes(op="placeholder"))
     devices = {value.device.type for value in fakes if isinstance(value, torch.Tensor)} or {"cpu"}
     piece = Piece(
@@ -39,7 +40,24 @@ def compile_dynamo_graph(
         fake_inputs=fakes,
         fake_mode=dynamo.current_fake_mode(),
     )
-    compiler = PieceCompiler(config, target_for(devices.pop()), store, lambda conditions: ())
+    compiler = PieceCompiler(config, target_for(devices.pop()), store, lambda conditions, region: ())
     with dynamo.COMPILE_LOCK:
         call = compiler.compile(piece, None).call
     return checked_at_first_call(lambda *inputs: call(list(inputs)), graph_module, custom_ops(graph_module))
+
+
+def _refuse_what_needs_a_range(config: ResolvedConfig) -> None:
+    """Options that would be ignored in silence, since Dynamo alone decides which sizes a graph is for."""
+    asked = {
+        "compile_sizes": config.compile_sizes,
+        "compile_ranges": config.compile_ranges,
+        "splitting_ops": config.splitting_ops if not config.why["splitting_ops"].startswith("level") else (),
+    }
+    for name, value in asked.items():
+        if value:
+            raise ConfigError(
+                f"{name}={list(value)} ({config.why[name]}) can't be honoured below Dynamo: torch.compile "
+                "decides which graphs there are, and for which sizes",
+                where=name,
+                hint="use onegraph.compile, or leave it out",
+            )

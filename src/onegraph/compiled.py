@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+
 from onegraph.counters import counters
 from onegraph.errors import ConfigError, StateChangedError
 from onegraph.explanation import Explanation
@@ -26,6 +28,8 @@ MAX_TRACES = 8
 """Traces that one compiled model keeps for different states; a module that changes on every call runs eager."""
 
 Changes = tuple[tuple[StateEntry, str], ...]
+Fallbacks = dict[tuple[int, int | None], str]
+"""Piece, and the size whose artifact is meant or None for all -> why it runs uncompiled."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,13 @@ class Built:
     changes: Callable[[], Changes] = tuple
     check: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], int], Iterator[SizeCheck]] | None = None
     """`check(compiled, args, kwargs, num_sizes)` compares with eager and fp64; None where nothing is compiled."""
-    fallback: Callable[[int, str], Built] | None = None
-    """`fallback(piece, why)` has a piece run op by op, and gives this build with its new explanation."""
+    fallback: Callable[[int, str, int | None], Built] | None = None
+    """`fallback(piece, why, size)` has a piece run op by op, for all sizes if `size` is None, else where it has that
+    size's artifact, and gives this build with its new explanation."""
     failed_piece: Callable[[BaseException], int | None] = lambda error: None
     """The piece that an error was raised in."""
+    slots: Callable[[int, Mapping[str, int]], dict[str, torch.Tensor]] | None = None
+    """`slots(size, others)` allocates inputs of these sizes."""
 
 
 class CompiledModel:
@@ -77,7 +84,8 @@ class CompiledModel:
         self._traces: list[Built] = []
         self._told_too_many = False
         self._checks: tuple[SizeCheck, ...] = ()
-        self._fallbacks: dict[int, str] = {}
+        self._fallbacks: Fallbacks = {}
+        self._slots: dict[tuple[int, tuple[tuple[str, int], ...]], dict[str, torch.Tensor]] = {}
         self._building = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -146,15 +154,35 @@ class CompiledModel:
         )
         return self._checks
 
-    def fallback(self, piece: int, backend: str = "eager") -> None:
+    def fallback(self, piece: int, backend: str = "eager", size: int | None = None) -> None:
         """Has one piece, by its number in `explain()`, run uncompiled from the next call on, and after recaptures too.
 
-        Before the first call it takes effect when the model is compiled. Raises ConfigError for a piece that there
-        isn't, and for another backend than eager.
+        With `size`, a size of the first declared dim, only the piece's artifact that serves that size. Before the first
+        call it takes effect when the model is compiled. Raises ConfigError for a piece that there isn't, and for
+        another backend than eager.
         """
         if backend != "eager":
             raise ConfigError(f"a piece can fall back to eager, not to {backend!r}", where="fallback")
-        self._fall_back(piece, "asked for by fallback()")
+        self._fall_back(piece, size, "asked for by fallback()")
+
+    def slots(self, size: int, **others: int) -> dict[str, torch.Tensor]:
+        """Static input tensors for an engine that fills them in place, by argument: the same ones at each call.
+
+        `size` is that of the first declared dim, `others` are those of further dims by name. Each tensor with a
+        declared dim is in it, of the example's dtype, device and order of strides, filled with zeros; `x[0]` names
+        one inside of an argument. Raises ConfigError before the first call or `warm_up`, and for sizes that don't
+        fit the dims; ShapeOutOfRangeError.
+        """
+        with self._building:
+            built = self._current or (self._traces[-1] if self._traces else None)
+            if built is None or built.slots is None:
+                raise ConfigError(
+                    "there are slots once the model is compiled", hint="call warm_up first", where="slots"
+                )
+            key = size, tuple(sorted(others.items()))
+            if key not in self._slots:
+                self._slots[key] = built.slots(size, others)
+            return dict(self._slots[key])
 
     def demote(self, error: BaseException) -> bool:
         """Has the compiled piece that raised `error` run uncompiled from now on, and logs it.
@@ -169,16 +197,16 @@ class CompiledModel:
             why = f"it raised {type(error).__name__}: {str(error)[:200]}"
             log.warning("piece %d runs uncompiled from now on: %s", piece, why)
             counters.add("demoted_pieces")
-            self._fall_back(piece, why)
+            self._fall_back(piece, None, why)
             return True
 
-    def _fall_back(self, piece: int, why: str) -> None:
+    def _fall_back(self, piece: int, size: int | None, why: str) -> None:
         with self._building:
             for index, trace in enumerate(self._traces):
-                self._traces[index] = _fallen_back(trace, {piece: why})
+                self._traces[index] = _fallen_back(trace, {(piece, size): why})
                 if trace is self._current:
                     self._current = self._traces[index]
-            self._fallbacks[piece] = why
+            self._fallbacks[piece, size] = why
 
     def explain(self) -> Explanation:
         """How this model was compiled; before the first call, what is configured."""
@@ -256,11 +284,11 @@ class CompiledModel:
         return f"<onegraph.CompiledModel of {type(self.original).__name__}, {state}>"
 
 
-def _fallen_back(built: Built, pieces: Mapping[int, str]) -> Built:
-    for piece, why in pieces.items():
+def _fallen_back(built: Built, pieces: Fallbacks) -> Built:
+    for (piece, size), why in pieces.items():
         if built.fallback is None:
             raise ConfigError("nothing is compiled, so no piece can fall back", where="fallback")
-        built = built.fallback(piece, why)
+        built = built.fallback(piece, why, size)
     return built
 
 

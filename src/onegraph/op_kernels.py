@@ -9,10 +9,11 @@ can't be had the references stay, with the reason.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from onegraph.counters import counters
 from onegraph.errors import CompileError
 from onegraph.ir.artifact import Artifact
 from onegraph.ir.key import Key
-from onegraph.ir.target import Target
+from onegraph.ir.target import KernelBuild, Target
 from onegraph.log import get_logger
 from onegraph.ops.library import LIBRARY, implement
 from onegraph.store.store import Store
@@ -34,13 +35,14 @@ Implementations = Mapping[str, Callable[..., Any]]
 
 _LOCK = threading.Lock()
 _installed: dict[str, OpKernels] = {}
+_begun: dict[str, _Installation] = {}
 
 
 @dataclass(frozen=True)
 class OpKernels:
     """What runs the ops on a target: `is_installed`, or the references with the reason in `why`.
 
-    `store` is `hit`, `miss` or `off`, as for pieces; `seconds` is what building or loading took.
+    `store` is `hit`, `miss` or `off`, as for pieces; `seconds` is what its caller waited for it.
     """
 
     is_installed: bool
@@ -54,6 +56,16 @@ class OpKernels:
         return () if self.is_installed else (f"attention is plain PyTorch, not the C++ kernel: {self.why}",)
 
 
+def begin_op_kernels(target: Target, store: Store | None) -> None:
+    """Has the kernels built beside the caller, so that `install_op_kernels` waits less; not while another process does.
+
+    Never raises CompileError.
+    """
+    with _LOCK, contextlib.suppress(_BuiltElsewhereError):
+        if target.name not in _installed and target.name not in _begun:
+            _begun[target.name] = _Installation(target, store, before_waiting=_give_up)
+
+
 def install_op_kernels(target: Target, store: Store | None) -> OpKernels:
     """Makes the target's kernels stand for the ops in this process; says how. Never raises CompileError.
 
@@ -61,7 +73,8 @@ def install_op_kernels(target: Target, store: Store | None) -> OpKernels:
     """
     with _LOCK:
         if target.name not in _installed:
-            _installed[target.name] = _install(target, store)
+            begun = _begun.pop(target.name, None) or _Installation(target, store)
+            _installed[target.name] = begun.finish()
         return _installed[target.name]
 
 
@@ -71,41 +84,88 @@ def uses_own_ops(graph_module: torch.fx.GraphModule) -> bool:
     return any(str(node.target).startswith(f"{LIBRARY.ns}.") for graph in graphs for node in graph.nodes)
 
 
-def _install(target: Target, store: Store | None) -> OpKernels:
-    started = time.perf_counter()
-    try:
-        made, status, why = _load_or_build(target, store)
-    except CompileError as error:
-        counters.add("op_kernels_missing")
-        found = OpKernels(False, "off", str(error).splitlines()[0], time.perf_counter() - started)
-        log.warning("%s", found.notes[0])
-        return found
-    for name, implementation in made.items():
-        implement(name, target.dispatch_key, implementation)
-    return OpKernels(True, status, why, time.perf_counter() - started)
+class _BuiltElsewhereError(Exception):
+    """Another process builds these kernels."""
 
 
-def _load_or_build(target: Target, store: Store | None) -> tuple[Implementations, str, str]:
-    if store is None:
-        return _in_a_temporary_folder(target, target.build_op_kernels()), "off", "built; the compile cache is off"
-    key = Key.of({"op_kernels": target.op_kernel_factors(), "target": target.name})
-    with store.lock(key.digest):
-        stored = store.read(key.digest)
-        if stored is not None:
+def _give_up() -> None:
+    raise _BuiltElsewhereError
+
+
+class _Installation:
+    """Kernels that were found in the store, or are being built; the key's lock is held until it is finished.
+
+    Who waits for that lock holds no other, so that nobody waits for ever: see `PieceCompiler`.
+    """
+
+    def __init__(self, target: Target, store: Store | None, before_waiting: Callable[[], None] = lambda: None) -> None:
+        self.target, self.store = target, store
+        self.seconds = 0.0
+        self.held = contextlib.ExitStack()
+        self.build: KernelBuild | None = None
+        self.error: CompileError | None = None
+        self.found: tuple[Implementations, str] | None = None
+        with self._timed():
             try:
-                made = target.load_op_kernels(stored.files)
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with stored code, building anew mends it
-                store.quarantine(key.digest, f"it can't be loaded: {type(error).__name__}: {error}")
-            else:
-                return made, "hit", f"loaded; built on {stored.manifest.created}"
-        started = time.perf_counter()
-        files = target.build_op_kernels()
+                self._begin(before_waiting)
+            except CompileError as error:
+                self.error = error
+
+    def _begin(self, before_waiting: Callable[[], None]) -> None:
+        self.key = Key.of({"op_kernels": self.target.op_kernel_factors(), "target": self.target.name})
+        if self.store is not None:
+            self.held.enter_context(self.store.lock(self.key.digest, before_waiting))
+            stored = self.store.read(self.key.digest)
+            if stored is not None:
+                try:
+                    made = self.target.load_op_kernels(stored.files)
+                except Exception as error:  # noqa: BLE001 - whatever is wrong with stored code, building anew mends it
+                    reason = f"it can't be loaded: {type(error).__name__}: {error}"
+                    self.store.quarantine(self.key.digest, reason)
+                else:
+                    self.found = made, f"loaded; built on {stored.manifest.created}"
+                    return
+        self.build = self.target.start_op_kernels_build()
+        self.held.callback(self.build.cancel)
+
+    def finish(self) -> OpKernels:
+        """Waits for the build; registers what was found or built."""
         try:
-            kept = store.write(Artifact(key, files, seconds=time.perf_counter() - started))
+            with self._timed(), self.held:
+                made, status, why = self._finished()
+        except CompileError as error:
+            counters.add("op_kernels_missing")
+            none = OpKernels(False, "off", str(error).splitlines()[0], self.seconds)
+            log.warning("%s", none.notes[0])
+            return none
+        for name, implementation in made.items():
+            implement(name, self.target.dispatch_key, implementation)
+        return OpKernels(True, status, why, self.seconds)
+
+    def _finished(self) -> tuple[Implementations, str, str]:
+        if self.error is not None:
+            raise self.error
+        if self.found is not None:
+            return self.found[0], "hit", self.found[1]
+        assert self.build is not None
+        files = self.build.files()
+        if self.store is None:
+            return _in_a_temporary_folder(self.target, files), "off", "built; the compile cache is off"
+        try:
+            kept = self.store.write(Artifact(self.key, files, seconds=self.seconds))
         except OSError as error:
-            log.warning("the attention kernel couldn't be kept in %s: %s", store.root, error)
-            return _in_a_temporary_folder(target, files), "off", f"built; {store.root} can't be written"
-        return target.load_op_kernels(kept.files), "miss", "built"
+            log.warning("the attention kernel couldn't be kept in %s: %s", self.store.root, error)
+            return _in_a_temporary_folder(self.target, files), "off", f"built; {self.store.root} can't be written"
+        return self.target.load_op_kernels(kept.files), "miss", "built"
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Adds to the seconds that the caller has waited."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
 
 
 def _in_a_temporary_folder(target: Target, files: Mapping[str, bytes]) -> Implementations:

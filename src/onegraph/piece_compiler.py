@@ -7,13 +7,14 @@ same code.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from onegraph.compilers import aot_eager, eager, inductor
 from onegraph.compilers.graph_text import graph_text
@@ -30,6 +31,7 @@ from onegraph.log import get_logger
 from onegraph.op_kernels import install_op_kernels, uses_own_ops
 from onegraph.store.store import Store
 from onegraph.torch_compat import shapes
+from onegraph.torch_compat.specialised_sizes import NotSpecialisedError, specialised_graph
 from onegraph.torch_compat.structured_trace import trace_text
 
 log = get_logger(__name__)
@@ -39,83 +41,171 @@ SAME_AS_EAGER = {"fallback_random": True}
 
 Identity = tuple[str, tuple[str | None, ...]]
 """A piece's canonical text, and the dims that its inputs' sizes stand for, in order."""
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class PieceCompiler:
     """`store` None means that nothing is read or written.
 
-    `check_sizes(conditions)` judges what compiling came to assume about sizes, and raises ConstraintError for
-    what the declared ranges don't imply: before anything is written.
+    `check_sizes(conditions, region)` judges what compiling came to assume about sizes, and raises ConstraintError for
+    what the region doesn't imply: before anything is written.
     """
 
     config: ResolvedConfig
     target: Target
     store: Store | None
-    check_sizes: Callable[[list[shapes.RawCondition]], tuple[ShapeEntry, ...]]
+    check_sizes: Callable[[list[shapes.RawCondition], Region | None], tuple[ShapeEntry, ...]]
 
     def compile_all(
-        self, pieces: Sequence[Piece], region: Region | None, dims: Mapping[str, str], progress: Progress | None = None
-    ) -> tuple[CompiledPiece, ...]:
-        """Each piece that differs from all before it is compiled; `dims` names the dim that a symbol stands for.
+        self,
+        pieces: Sequence[Piece],
+        regions: Sequence[Region],
+        general: Region,
+        dims: Mapping[str, str],
+        progress: Callable[[int, int], None],
+    ) -> tuple[tuple[CompiledPiece, ...], ...]:
+        """For each region its pieces. Each that differs from all before it is compiled, once for a region.
 
-        `progress(done, total)` counts the pieces. Raises as `compile`.
+        `general` is the region for which the pieces were captured; a piece that can't be made for fewer sizes, or
+        has no size that the region narrows, has one artifact for all regions. `dims` names the dim that a symbol
+        stands for. `progress(done, total)` counts the distinct pieces of all regions. Raises as `compile`.
         """
+        notes = {piece.index: self._kernels_of_ops(piece) for piece in pieces}  # before any piece's lock is held
+        identities = [None if self._runs_eager(piece) else _identity(piece, dims) for piece in pieces]
+        for_all: dict[int, _Compiling | CompiledPiece] = {}
+        begun: list[list[_Compiling | CompiledPiece | int]] = []
+        compiled = [one for piece, one in zip(pieces, identities, strict=True) if piece.kind == "compiled"]
+        total = (len({*compiled} - {None}) + compiled.count(None)) * len(regions)
+        done = itertools.count()
+        with _Builds() as builds:
+            for region in regions:
+                known: dict[Identity, int] = {}
+                row: list[_Compiling | CompiledPiece | int] = []
+                for piece, identity in zip(pieces, identities, strict=True):
+                    twin = None if identity is None else known.get(identity)
+                    if twin is not None:
+                        row.append(twin)
+                        continue
+                    if piece.kind == "compiled":
+                        progress(next(done), total)
+                    one = self._begin_for_region(piece, region, general, dims, for_all, notes, builds)
+                    row.append(one)
+                    if identity is not None:
+                        known[identity] = piece.index
+                begun.append(row)
+            return tuple(tuple(self._finished(row, pieces, identities, notes)) for row in begun)
+
+    def _finished(
+        self,
+        row: Sequence[_Compiling | CompiledPiece | int],
+        pieces: Sequence[Piece],
+        identities: Sequence[Identity | None],
+        notes: Mapping[int, tuple[str, ...]],
+    ) -> Iterator[CompiledPiece]:
+        """The pieces of a region; a number stands for the earlier piece that is the same."""
         made: list[CompiledPiece] = []
         known: dict[Identity, int] = {}
-        for piece in pieces:
-            if progress is not None:
-                progress(len(made), len(pieces))
-            if piece.kind == "splitting_op":
-                why, notes = "a splitting op runs as it is", self._kernels_of_ops(piece)
-                made.append(CompiledPiece(eager.compile_piece(piece), "eager", "off", why, 0.0, notes=notes))
+        for piece, identity, begun in zip(pieces, identities, row, strict=True):
+            if isinstance(begun, int):
+                made.append(replace(made[begun], same_as=begun, seconds=0.0, differs_from=None))
                 continue
-            identity = None if piece.index in self.config.eager_pieces else _identity(piece, dims)
-            twin = None if identity is None else known.get(identity)
-            if twin is not None:
-                made.append(replace(made[twin], same_as=twin, seconds=0.0, differs_from=None))
-                continue
+            one = begun if isinstance(begun, CompiledPiece) else begun.finish()
             differs_from = None if identity is None else _nearest(identity, known)
             if identity is not None:
                 known[identity] = piece.index
-            made.append(replace(self.compile(piece, region), differs_from=differs_from))
-        return tuple(made)
+            made.append(replace(one, differs_from=differs_from, notes=(*one.notes, *notes[piece.index])))
+        yield from made
+
+    def _runs_eager(self, piece: Piece) -> bool:
+        return piece.kind == "splitting_op" or piece.index in self.config.eager_pieces
+
+    def _begin_for_region(
+        self,
+        piece: Piece,
+        region: Region,
+        general: Region,
+        dims: Mapping[str, str],
+        for_all: dict[int, _Compiling | CompiledPiece],
+        notes: dict[int, tuple[str, ...]],
+        builds: _Builds,
+    ) -> _Compiling | CompiledPiece:
+        narrower = piece
+        if region != general and not self._runs_eager(piece) and self.config.backend != "eager":
+            try:
+                narrower = specialised_piece(piece, region, general, dims)
+            except NotSpecialisedError as error:
+                notes[piece.index] += (f"piece {piece.index} has one artifact for all sizes: {error}",)
+        if narrower is not piece:
+            return self._begin(narrower, region, builds)
+        if piece.index not in for_all:
+            made = self._begin(piece, general, builds)
+            for_all[piece.index] = made
+        return for_all[piece.index]
 
     def compile(self, piece: Piece, region: Region | None) -> CompiledPiece:
         """Needs `torch_compat.dynamo.compile_scope`. Raises CompileError, ConstraintError."""
+        notes = self._kernels_of_ops(piece)
+        with _Builds() as builds:
+            begun = self._begin(piece, region, builds)
+            made = begun if isinstance(begun, CompiledPiece) else begun.finish()
+        return replace(made, notes=notes)
+
+    def _begin(self, piece: Piece, region: Region | None, builds: _Builds) -> _Compiling | CompiledPiece:
         started = time.perf_counter()
-        backend = "eager" if piece.index in self.config.eager_pieces else self.config.backend
-        if backend != "eager" and piece.eager_why:
+        if piece.kind == "splitting_op":
+            made = CompiledPiece(eager.compile_piece(piece), "eager", "off", "a splitting op runs as it is", 0.0)
+        elif piece.index in self.config.eager_pieces and self.config.backend != "eager":
+            made = CompiledPiece(eager.compile_piece(piece), "eager", "off", "asked for by eager_pieces", 0.0)
+        elif self.config.backend == "eager":
+            made = CompiledPiece(eager.compile_piece(piece), "eager", "off", "backend=eager", 0.0)
+        elif piece.eager_why:
             made = CompiledPiece(eager.compile_piece(piece), "eager", "off", piece.eager_why, 0.0)
-        elif backend == "eager":
-            why = "asked for by eager_pieces" if self.config.backend != "eager" else "backend=eager"
-            made = CompiledPiece(eager.compile_piece(piece), "eager", "off", why, 0.0)
-        elif backend == "aot_eager":
+        elif self.config.backend == "aot_eager":
             call, mutates_inputs = aot_eager.compile_piece(piece)
-            made = CompiledPiece(call, backend, "off", "backend=aot_eager", 0.0, mutates_inputs=mutates_inputs)
+            made = CompiledPiece(call, "aot_eager", "off", "backend=aot_eager", 0.0, mutates_inputs=mutates_inputs)
         else:
-            made = self._with_inductor(piece, region)
-        return replace(made, seconds=time.perf_counter() - started, notes=self._kernels_of_ops(piece))
+            return self._begin_with_inductor(piece, region, builds, started)
+        return replace(made, seconds=time.perf_counter() - started)
 
     def _kernels_of_ops(self, piece: Piece) -> tuple[str, ...]:
         """Sees to it that onegraph's own ops in the piece have their kernels; why they haven't, where that is so."""
         return install_op_kernels(self.target, self.store).notes if uses_own_ops(piece.graph_module) else ()
 
-    def _with_inductor(self, piece: Piece, region: Region | None) -> CompiledPiece:
+    def _begin_with_inductor(
+        self, piece: Piece, region: Region | None, builds: _Builds, started: float
+    ) -> _Compiling | CompiledPiece:
         options = {**self.target.compiler_options(), **SAME_AS_EAGER, **self.config.inductor_compile_config}
         key = piece_key(piece, region, self.target, options)
+        held = contextlib.ExitStack()
         if isinstance(key, Unkeyable):
-            return self._fresh(piece, None, options, f"can't be stored: {key.reason}")
-        if self.store is None:
-            return self._fresh(piece, key, options, "the compile cache is off")
-        with self.store.lock(key.digest):
+            why = f"can't be stored: {key.reason}"
+        elif self.store is None:
+            why = "the compile cache is off"
+        else:
+            held.enter_context(self.store.lock(key.digest, before_waiting=builds.finish_all))
             hit = self._load(piece, key)
             if hit is not None:
+                held.close()
                 counters.add("store_hits")
-                return hit
+                return replace(hit, seconds=time.perf_counter() - started)
             counters.add("store_misses")
-            return self._fresh(piece, key, options, "no artifact has this key")
+            why = "no artifact has this key"
+        with held:
+            compilation = inductor.Compilation(piece, self.target, options)
+            held.callback(compilation.cancel)
+            shape_env = piece.fake_mode.shape_env
+            begun = _Compiling(
+                compiler=self,
+                piece=piece,
+                key=None if isinstance(key, Unkeyable) else key,
+                why=why,
+                compilation=compilation,
+                constraints=self.check_sizes([*compilation.conditions, *shapes.conditions(shape_env)], region),
+                guards=shapes.guards_expression(shape_env, shapes.backed_inputs(piece.fake_inputs)),
+                started=started,
+                held=held.pop_all(),
+            )
+        return builds.add(begun)
 
     def _load(self, piece: Piece, key: Key) -> CompiledPiece | None:
         assert self.store is not None
@@ -143,23 +233,18 @@ class PieceCompiler:
             constraints=manifest.constraints,
         )
 
-    def _fresh(self, piece: Piece, key: Key | None, options: dict[str, Any], why: str) -> CompiledPiece:
-        compiled = inductor.compile_artifact(piece, key, self.target, options)
-        made, shape_env = compiled.made, piece.fake_mode.shape_env
-        constraints = self.check_sizes([*compiled.conditions, *shapes.conditions(shape_env)])
-        digest = None if key is None else key.digest
+    def finished(self, begun: _Compiling) -> CompiledPiece:
+        """What the compile gives when its kernels are built; they are kept in the store, and loaded from there."""
+        made, why = begun.compilation.finish(begun.key), begun.why
+        digest = None if begun.key is None else begun.key.digest
         if isinstance(made, inductor.InProcess):
             why = f"can't be stored: {made.reason}"
-            return CompiledPiece(made.call, "inductor", "off", why, 0.0, digest, made.mutates_inputs, constraints)
-        artifact = replace(
-            made,
-            constraints=constraints,
-            guards=shapes.guards_expression(shape_env, shapes.backed_inputs(piece.fake_inputs)),
-        )
-        trace_text(f"piece_{piece.index}_output_code", lambda: artifact.files[inductor.WRAPPER].decode())
-        call, stored = self._write_and_load(artifact, key)
+            return CompiledPiece(made.call, "inductor", "off", why, 0.0, digest, made.mutates_inputs, begun.constraints)
+        artifact = replace(made, constraints=begun.constraints, guards=begun.guards)
+        trace_text(f"piece_{begun.piece.index}_output_code", lambda: artifact.files[inductor.WRAPPER].decode())
+        call, stored = self._write_and_load(artifact, begun.key)
         status = "miss" if stored else "off"
-        return CompiledPiece(call, "inductor", status, why, 0.0, digest, made.mutates_inputs, constraints)
+        return CompiledPiece(call, "inductor", status, why, 0.0, digest, made.mutates_inputs, begun.constraints)
 
     def _write_and_load(self, artifact: Artifact, key: Key | None) -> tuple[PieceCallable, bool]:
         if self.store is not None and key is not None:
@@ -173,6 +258,70 @@ class PieceCompiler:
             for name, contents in artifact.files.items():
                 files[name].write_bytes(contents)
             return inductor.load_artifact(files, artifact.aliases, self.target), False
+
+
+@dataclass
+class _Compiling:
+    """A piece whose kernels are being built; `held` has the key's lock until it is finished or given up."""
+
+    compiler: PieceCompiler
+    piece: Piece
+    key: Key | None
+    why: str
+    compilation: inductor.Compilation
+    constraints: tuple[ShapeEntry, ...]
+    guards: str | None
+    started: float
+    held: contextlib.ExitStack
+    made: CompiledPiece | None = None
+
+    def finish(self) -> CompiledPiece:
+        """Waits for the kernels, the first time. Raises CompileError, ConstraintError."""
+        if self.made is None:
+            with self.held:
+                made = self.compiler.finished(self)
+            self.made = replace(made, seconds=time.perf_counter() - self.started)
+        return self.made
+
+
+class _Builds:
+    """The compiles under way, at most one for each core beside the caller's; those left at the end are given up."""
+
+    def __init__(self) -> None:
+        self.running: list[_Compiling] = []
+
+    def add(self, one: _Compiling) -> _Compiling:
+        self.running.append(one)
+        while len(self.running) > max(len(os.sched_getaffinity(0)) - 1, 1):
+            self.running.pop(0).finish()
+        return one
+
+    def finish_all(self) -> None:
+        while self.running:
+            self.running.pop(0).finish()
+
+    def __enter__(self) -> _Builds:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for one in self.running:
+            one.held.close()
+
+
+def specialised_piece(piece: Piece, region: Region, general: Region, dims: Mapping[str, str]) -> Piece:
+    """The piece for the region's sizes; the piece itself where it has none of the sizes that the region narrows.
+
+    Raises NotSpecialisedError.
+    """
+    used = shapes.symbols_of(piece.fake_inputs, piece.fake_mode.shape_env)
+    bounds = {name: (least, most) for name, least, most in region.ranges}
+    narrowed = {name for name, least, most in general.ranges if bounds[name] != (least, most)}
+    if not any(dims.get(symbol) in narrowed for symbol in used):
+        return piece
+    hints = dict(region.hints)
+    ranges = {symbol: (*bounds[dims[symbol]], hints[dims[symbol]]) for symbol in used if dims.get(symbol) in bounds}
+    made = specialised_graph(piece.graph_module, piece.fake_inputs, piece.fake_mode, ranges)
+    return replace(piece, graph_module=made.graph_module, fake_inputs=made.fake_inputs, fake_mode=made.fake_mode)
 
 
 def _identity(piece: Piece, dims: Mapping[str, str]) -> Identity | None:

@@ -6,13 +6,14 @@ all stages as one Explanation.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from onegraph.binding import BoundWeights, bind_weights
+from onegraph.binding import bind_weights
 from onegraph.capture.capture import capture
 from onegraph.capture.constraints import (
     ConstraintReport,
@@ -21,24 +22,23 @@ from onegraph.capture.constraints import (
     refuse_narrowing,
     region_predicate,
 )
-from onegraph.capture.custom_ops import CustomOp, checked_at_first_call, custom_ops
-from onegraph.capture.regions import MAX_REGIONS, UNBACKED, Sizing, covered_range, next_sizes
+from onegraph.capture.custom_ops import checked_at_first_call, custom_ops
+from onegraph.capture.regions import MAX_REGIONS, UNBACKED, Sizing, next_sizes
 from onegraph.capture.state_check import changed_entries, state_check
 from onegraph.compiled import Built
-from onegraph.compilers import eager
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.errors import ConfigError, ConstraintError, nearest
-from onegraph.explanation import Explanation, PieceExplanation, RangeExplanation
-from onegraph.ir.artifact import CompiledPiece
+from onegraph.explanation import Explanation
 from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.ledger import CheckedWhen, Ledger, ShapeEntry
 from onegraph.ir.piece import SplitGraph
-from onegraph.ir.plan import ExecutionPlan
 from onegraph.ir.region import Region, general_region
 from onegraph.ir.target import Target
 from onegraph.piece_compiler import PieceCompiler
-from onegraph.plan.function import failed_piece, plan_function, plan_source, replace_piece
+from onegraph.plan.function import failed_piece, plan_function, plan_source, region_finder
 from onegraph.plan.plan import plan_calls
+from onegraph.plan.slots import allocate_slots
+from onegraph.specialised import Specialised, explained_pieces, parts_of, with_eager_piece
 from onegraph.split.split import called_ops, missing_ops, split_graph
 from onegraph.store.store import Store
 from onegraph.torch_compat import dynamo, shapes
@@ -46,9 +46,12 @@ from onegraph.torch_compat.structured_trace import trace_json, trace_text
 
 
 class Observer(Protocol):
-    """Told when a stage begins and ends, for progress bars; `seconds` is None at the beginning."""
+    """Told when a stage begins, gets on and ends, for progress bars.
 
-    def __call__(self, stage: str, seconds: float | None) -> None: ...
+    `seconds` is None until the end; `detail` is how far it is, such as `2 of 3 pieces`.
+    """
+
+    def __call__(self, stage: str, seconds: float | None, detail: str = "") -> None: ...
 
 
 @dataclass
@@ -68,6 +71,11 @@ class Stages:
         self.done.append((name, seconds))
         if self.observer is not None:
             self.observer(name, seconds)
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """Tells that a stage has done so many pieces."""
+        if self.observer is not None:
+            self.observer(name, None, f"{done} of {total} pieces")
 
     def totals(self) -> tuple[tuple[str, float], ...]:
         """Each stage once, with its seconds over all regions."""
@@ -121,11 +129,13 @@ def build(
     reads = (read for one in made for read in one.captured.state if read.entry.checked == "call")
     state = tuple({(read.expression, read.condition): read for read in reads}.values())  # regions share most
 
-    def fall_back(piece: int, why: str) -> Built:
-        made[:] = [_with_eager_piece(one, piece, why) for one in made]
+    def fall_back(piece: int, why: str, size: int | None) -> Built:
+        made[:] = with_eager_piece(made, piece, why, size)
         return replace(built, explanation=_explain(name, config, stages, made, checked))
 
-    built = Built(entry, explanation, fallback=fall_back, failed_piece=failed_piece)
+    captured = made[0].captured
+    slots = functools.partial(allocate_slots, captured.sized, captured.dims)
+    built = Built(entry, explanation, fallback=fall_back, failed_piece=failed_piece, slots=slots)
     if config.freeze:
         return built
     built = replace(
@@ -134,27 +144,6 @@ def build(
         changes=lambda: changed_entries(state) + tuple(change for one in made for change in one.weights.changes()),
     )
     return built
-
-
-@dataclass(frozen=True)
-class Specialised:
-    """What was made for one region: `call` takes the module's arguments, whose sizes the region must have."""
-
-    captured: CapturedGraph
-    region: Region
-    split: SplitGraph
-    plan: ExecutionPlan
-    pieces: tuple[CompiledPiece, ...]
-    run: Callable[..., Any]
-    """The plan's function, of weights and inputs."""
-    weights: BoundWeights
-    custom_ops: tuple[CustomOp, ...]
-    call: Callable[..., Any]
-
-    @property
-    def constraints(self) -> tuple[ShapeEntry, ...]:
-        """The conditions on sizes that the trace and the compiled pieces rely on."""
-        return self.captured.ledger.shapes + tuple(entry for piece in self.pieces for entry in piece.constraints)
 
 
 def _specialise(
@@ -178,53 +167,41 @@ def _specialise(
         split = split_graph(captured, config.splitting_ops)
         _refuse_unknown_pieces(split, config)
 
-    def check_sizes(conditions: list[shapes.RawCondition]) -> tuple[ShapeEntry, ...]:
+    def check_sizes(conditions: list[shapes.RawCondition], part: Region | None) -> tuple[ShapeEntry, ...]:
         known = {entry.expr for entry in captured.ledger.shapes}
+        dims = captured.dims if part is None else part.dims(captured.dims)
         if sizing.mode == "unbacked":
-            found = judge(conditions, captured.dims, captured.symbols, "compile")
-            refuse_narrowing(found, captured.dims)
+            found = judge(conditions, dims, captured.symbols, "compile")
+            refuse_narrowing(found, dims)
         else:
             may_split = config.on_constraint == "split"
-            found = judge_region(conditions, captured.dims, captured.symbols, "compile", may_split)
+            found = judge_region(conditions, dims, captured.symbols, "compile", may_split)
         return tuple(entry for entry in found if entry.expr not in known)
 
+    plan = plan_calls(split)
+    parts = parts_of(captured, region, plan, config)
     with stages.stage("compile or load"):
         compiler = PieceCompiler(config, target, store, check_sizes)
-        pieces = compiler.compile_all(split.pieces, region, captured.symbols)
+        pieces = compiler.compile_all(
+            split.pieces, parts, region, captured.symbols, functools.partial(stages.progress, "compile or load")
+        )
 
     with stages.stage("plan"):
-        plan = plan_calls(split)
-        run = plan_function(plan, dict(enumerate(piece.call for piece in pieces)))
-        trace_text("execution_plan", lambda: plan_source(plan))
+        finder = region_finder([part.ranges[0][1:] for part in parts]) if len(parts) > 1 else None
+        run = plan_function(plan, [[piece.call for piece in compiled] for compiled in pieces], finder)
+        trace_text("execution_plan", lambda: plan_source(plan, len(parts)))
 
     with stages.stage("bind"):
         foreign = custom_ops(captured.graph_module)
         call = checked_at_first_call(run, captured.graph_module, foreign)
-        weights = bind_weights(call, captured, any(piece.mutates_inputs for piece in pieces))
+        mutates_inputs = any(piece.mutates_inputs for compiled in pieces for piece in compiled)
+        weights = bind_weights(call, captured, mutates_inputs)
     made = Specialised(
-        captured, region, split, plan, pieces, run, weights, foreign, captured.make_callable(weights.run)
+        captured, region, split, plan, parts, pieces, run, weights, foreign, captured.make_callable(weights.run)
     )
     if sizing.mode == "unbacked":
         return made
     return replace(made, region=replace(region, predicate=region_predicate(made.constraints, captured.fixed)))
-
-
-def _with_eager_piece(one: Specialised, index: int, why: str) -> Specialised:
-    """The same with one piece run op by op from the next call on."""
-    if index not in range(len(one.pieces)):
-        raise ConfigError(
-            f"there is no piece {index}: the graph's pieces are 0..{len(one.pieces) - 1}", where="fallback"
-        )
-    piece = one.split.pieces[index]
-    replaced = CompiledPiece(eager.compile_piece(piece), "eager", "off", why, 0.0)
-    replace_piece(one.run, index, replaced.call)
-    twins = [i for i, other in enumerate(one.pieces) if other.same_as == index]
-    pieces = [
-        replace(other, same_as=twins[0] if i != twins[0] else None) if i in twins else other
-        for i, other in enumerate(one.pieces)
-    ]  # those that shared its artifact still do
-    pieces[index] = replaced
-    return replace(one, pieces=tuple(pieces))
 
 
 def _refuse_unknown_ops(captured: CapturedGraph, config: ResolvedConfig) -> None:
@@ -304,43 +281,13 @@ def _explain(
                 for entry in dict.fromkeys(entry for one in made for entry in one.captured.ledger.state)
             ),
         ),
-        pieces=tuple(_pieces(made)),
-        plan_source=plan_source(first.plan),
+        pieces=explained_pieces(made),
+        plan_source=plan_source(first.plan, len(first.parts)),
         num_ops=first.captured.num_ops,
         custom_ops=tuple(op for one in made for op in one.custom_ops),
-        notes=tuple(dict.fromkeys(note for one in made for piece in one.pieces for note in piece.notes)),
-    )
-
-
-def _pieces(made: list[Specialised]) -> Iterator[PieceExplanation]:
-    """Each piece with its artifact for each region; regions may be cut into different numbers of pieces."""
-    for index in range(max(len(one.pieces) for one in made)):
-        ranges = [one for one in made if index < len(one.pieces)]
-        piece, compiled = ranges[0].split.pieces[index], ranges[0].pieces[index]
-        yield PieceExplanation(
-            index=index,
-            kind=piece.kind,
-            backend=compiled.backend,
-            ranges=tuple(_range(one, index, len(made) > 1) for one in ranges) if piece.kind == "compiled" else (),
-            same_as=compiled.same_as,
-            differs_from=compiled.differs_from,
-            module_path=piece.module_path,
-            why=piece.why,
-            num_ops=sum(node.op.startswith("call_") for node in piece.graph_module.graph.nodes),
-        )
-
-
-def _range(one: Specialised, index: int, several: bool) -> RangeExplanation:
-    lower, upper = covered_range(one.captured.dims, one.region.predicate or "True")
-    piece = one.pieces[index]
-    return RangeExplanation(
-        min=lower,
-        max=upper,
-        predicate=one.region.predicate if several else None,
-        key=piece.key,
-        store=piece.store,
-        why=piece.why,
-        seconds=piece.seconds,
+        notes=tuple(
+            dict.fromkeys(note for one in made for part in one.pieces for piece in part for note in piece.notes)
+        ),
     )
 
 

@@ -22,7 +22,9 @@ from tests.reference import MAX_TIES, expected, is_tie, load_reference
 
 pytestmark = pytest.mark.usefixtures("op_kernels")
 
-WAYS = ("eager", "compiled", "warm")
+WAYS = ("eager", "unsplit", "split", "specialised", "warm")
+SIZE = 4
+"""Tokens of a step that gets artifacts of its own: one of each running sequence."""
 PROMPT_LENGTHS = (1, 4, 13, 21, 40)
 MAX_TOKENS = 12
 ENGINE = {"num_kv_blocks": 64, "block_size": 8, "max_num_batched_tokens": 32, "max_num_seqs": 4}
@@ -68,20 +70,44 @@ def case(
     return cases[architecture]
 
 
+def run(case: Case, way: str) -> tuple[LLM, Any]:
+    """An engine that runs in one of the ways, and its outputs."""
+    config = {
+        "unsplit": {"splitting_ops": []},
+        "specialised": {"compile_sizes": [SIZE]},
+        "warm": {"compile_sizes": [SIZE]},
+    }
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    with counters.expect(**{"inductor_compiles": 0, "gxx_runs": 0} if way in ("eager", "warm") else {}):
+        llm = LLM(
+            str(case.folder),
+            dtype="float32",
+            enforce_eager=way == "eager",
+            compilation_config=config.get(way),
+            **ENGINE,
+        )
+        outputs = llm.generate([{"prompt_token_ids": p} for p in case.prompts], params, use_tqdm=False)
+    case.ways_done.append(way)
+    return llm, outputs
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_tokens_equal_transformers(case: Case, architecture: str, way: str) -> None:
-    if way == "warm" and "compiled" not in case.ways_done:
-        LLM(str(case.folder), dtype="float32", **ENGINE)  # run alone, the test makes its own cold start
-    compiles = {"eager": 0, "compiled": 1, "warm": 0}[way]
-    captures = 0 if way == "eager" else 1
-    with counters.expect(
-        graphs_captured=captures, inductor_compiles=compiles, gxx_runs=compiles, store_hits=int(way == "warm")
-    ):
-        llm = LLM(str(case.folder), dtype="float32", enforce_eager=way == "eager", **ENGINE)
-        params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-        outputs = llm.generate([{"prompt_token_ids": p} for p in case.prompts], params, use_tqdm=False)
-    case.ways_done.append(way)
+    if way == "warm" and "specialised" not in case.ways_done:
+        run(case, "specialised")  # run alone, the test makes its own cold start
+    with counters.expect(graphs_captured=0 if way == "eager" else 1):
+        llm, outputs = run(case, way)
+    pieces = [piece for piece in llm.explain().pieces if piece.kind == "compiled" and piece.same_as is None]
+    stores = [one.store for piece in pieces for one in piece.ranges]
+    if way == "warm":
+        assert set(stores) == {"hit"}
+    if way == "unsplit":
+        assert len(pieces) == len(stores) == 1
+    if way in ("specialised", "warm"):
+        assert all([one.predicate for one in piece.ranges] == [f"num_tokens == {SIZE}", None] for piece in pieces)
+    elif way == "split":
+        assert len(pieces) == len(stores) >= 3
     num_tokens = ties = 0
     for prompt, want, output in zip(case.prompts, case.wanted, outputs, strict=True):
         got = list(output.outputs[0].token_ids)

@@ -13,6 +13,7 @@ from torch.export import Dim
 import onegraph
 from onegraph.counters import counters
 from onegraph.errors import ConfigError
+from tests.compiled_parts import piece_callables
 
 ROWS = {"x": {0: Dim("rows", min=1, max=64)}}
 AT_SIN = {"splitting_ops": ["torch.sin"]}
@@ -70,7 +71,7 @@ def test_equal_layers_are_compiled_once(fresh_cache: Any) -> None:
         compiled = started(tower, backend="inductor")
     assert kinds(compiled).count("piece") == 33 and kinds(compiled).count("op") == 32
     assert same_as(compiled) == [None, None, *[2] * 30, None]
-    assert len(re.findall(r"= __piece_\d+\(", compiled.explain().plan_source)) == 65
+    assert len(re.findall(r"= __pieces\[\d+\]\(", compiled.explain().plan_source)) == 65
     with counters.expect(inductor_compiles=0, store_hits=3, gxx_runs=0):
         started(Tower(32).eval(), backend="inductor")
     text = str(compiled.explain())
@@ -166,7 +167,7 @@ def test_items_stay_with_the_op_that_gives_them() -> None:
 
     compiled = started(function, splitting_ops=["torch.sort"])
     assert kinds(compiled) == ["piece", "op", "piece"]
-    assert "values, order = __piece_1(__args)" in compiled.explain().plan_source
+    assert "values, order = __pieces[1](__args)" in compiled.explain().plan_source
 
 
 def test_splitting_ops_in_a_row_are_one_piece_with_the_views_between_them() -> None:
@@ -228,13 +229,11 @@ def test_a_piece_falls_back_on_demand_and_stays_so() -> None:
 def test_a_piece_that_raises_is_demoted_and_said_so_once(caplog: pytest.LogCaptureFixture) -> None:
     tower = Tower(2).eval()
     compiled = started(tower, backend="aot_eager")
-    run = compiled._current.entry
 
     def broken(inputs: list[Any]) -> Any:
         raise RuntimeError("an artifact that fails")
 
-    plan = next(function for function in _functions(run) if "__piece_2" in function.__globals__)
-    plan.__globals__["__piece_2"] = broken
+    piece_callables(compiled)[0][2] = broken
     x = torch.randn(3, 4)
     with torch.no_grad(), caplog.at_level(logging.WARNING, logger="onegraph"), counters.expect(demoted_pieces=1):
         with pytest.raises(RuntimeError) as raised:
@@ -246,19 +245,3 @@ def test_a_piece_that_raises_is_demoted_and_said_so_once(caplog: pytest.LogCaptu
         "piece 2 runs uncompiled from now on: it raised RuntimeError: an artifact that fails"
     ]
     assert compiled.explain().pieces[2].ranges[0].why.startswith("it raised RuntimeError")
-
-
-def _functions(function: Any) -> list[Any]:
-    """The function and those that it calls, through closures, partials and globals of generated code."""
-    found: list[Any] = []
-    queue = [function]
-    while queue:
-        one = queue.pop()
-        one = getattr(one, "func", one)
-        if not hasattr(one, "__code__") or one in found:
-            continue
-        found.append(one)
-        queue += [cell.cell_contents for cell in one.__closure__ or () if callable(cell.cell_contents)]
-        if one.__code__.co_filename.startswith("<onegraph") or "__compiled_fn" in str(one.__code__.co_names):
-            queue += [one.__globals__[name] for name in one.__code__.co_names if callable(one.__globals__.get(name))]
-    return found

@@ -1,6 +1,7 @@
 """The property of splitting: whatever the splitting ops, a program cut into pieces computes what it computes whole.
 
-Each case is a drawn program with splitting ops drawn from what it calls. Split and eager see the same arguments and
+Each case is a drawn program with splitting ops drawn from what it calls, and where it is compiled with sizes and
+ranges that get artifacts of their own. Split and eager see the same arguments and
 random streams; results, changed arguments and what shares memory with what must be equal at several sizes.
 """
 
@@ -52,6 +53,16 @@ def sharing(tensors: list[torch.Tensor]) -> list[bool]:
     ]
 
 
+def drawn_regions(random: Random) -> dict[str, Any]:
+    """Sizes and ranges with artifacts of their own, for half of the cases."""
+    if random.random() < 0.5:
+        return {}
+    return {
+        "compile_sizes": random.sample([1, 2, 5, 64], random.randint(1, 2)),
+        "compile_ranges": random.choice([[], [3], [1, 8], [[2, 10]]]),
+    }
+
+
 def check_case(seed: int, folder: Path, backend: str) -> tuple[list[str], int]:
     """The statements of the case, and the number of its pieces."""
     program, used = loaded(seed, folder)
@@ -68,12 +79,13 @@ def check_case(seed: int, folder: Path, backend: str) -> tuple[list[str], int]:
         whole = onegraph.compile(program, dynamic_shapes=ROWS, config={"backend": "eager", "splitting_ops": []})
         ran(whole, 5)
     ops = random.sample(captured[0], min(len(captured[0]), random.randint(1, 3)))
-    split = onegraph.compile(program, dynamic_shapes=ROWS, config={"backend": backend, "splitting_ops": ops})
+    config = {"backend": backend, "splitting_ops": ops, **(drawn_regions(random) if backend != "eager" else {})}
+    split = onegraph.compile(program, dynamic_shapes=ROWS, config=config)
     exact = {"rtol": 0, "atol": 0} if backend == "eager" else {"rtol": 1e-4, "atol": 1e-5}
     for rows in (5, 1, 2, 64):
         (found, after), (expected, eager_after) = ran(split, rows), ran(program, rows)
         assert [type(one) for one in found] == [type(one) for one in expected]
-        told = f"seed {seed}, {backend}, {rows} rows, split at {ops}\n{draw_program(seed)[0]}"
+        told = f"seed {seed}, {config}, {rows} rows\n{draw_program(seed)[0]}"
         torch.testing.assert_close(after, eager_after, **exact, msg=lambda text, told=told: f"{text}\n{told}")
         assert sharing(after) == sharing(eager_after), told
     return used, len(split.explain().pieces)

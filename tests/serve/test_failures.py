@@ -9,10 +9,12 @@ from typing import Any
 import openai
 import pytest
 
+from onegraph import LLM, SamplingParams
 from onegraph.config.engine import EngineConfig
 from onegraph.errors import ConfigError, ModelError
 from onegraph.serve.server import Server
 from onegraph.serve.settings import ServeSettings
+from tests.compiled_parts import piece_callables
 from tests.serve.live_server import live
 
 
@@ -87,6 +89,38 @@ def test_a_batch_that_fails_costs_its_requests_and_nothing_else(
         assert one.openai.completions.create(model="tiny", prompt="a").choices[0].finish_reason == "length"
         assert one.is_empty()
     assert one.code == 0
+
+
+def test_a_piece_that_raises_is_demoted_and_its_requests_are_finished(
+    model_folder: Path, llm: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an artifact would that the machine can't run: the server says so once, and answers as eager does."""
+    expected = llm.generate("once upon", SamplingParams(temperature=0, max_tokens=20))[0].outputs[0].text
+    engine = {"enforce_eager": False, "compilation_config": {"backend": "aot_eager"}}
+    with live(model_folder, engine=engine) as one:
+        assert one.server.client.thread.started is not None
+        compiled = one.server.client.thread.started.compiled
+
+        def broken(inputs: list[Any]) -> Any:
+            raise RuntimeError("an instruction that this machine hasn't")
+
+        def ask() -> str:
+            answer = one.openai.completions.create(model="tiny", prompt="once upon", max_tokens=20, temperature=0)
+            return answer.choices[0].text
+
+        assert ask() == expected
+        piece_callables(compiled)[0][2] = broken
+        assert [ask(), ask()] == [expected, expected]
+        pieces = one.http.get("/explain").json()["pieces"]
+        assert [piece["backend"] for piece in pieces if piece["kind"] == "compiled"] == [
+            "aot_eager",
+            "eager",
+            "aot_eager",
+        ]
+        assert "an instruction that this machine hasn't" in pieces[2]["ranges"][0]["why"]
+        assert one.http.get("/health").status_code == 200
+        assert one.is_empty()
+    assert caplog.text.count("piece 2 runs uncompiled from now on") == 1
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_explain_shows_the_plan_of_a_graph_that_is_split() -> None:
     result = onegraph("explain", "-O.backend=eager", split, "--plan")
     assert result.returncode == 0, result.stderr
     assert "9: 5 compiled, of which 3 differ, and 4 of splitting ops" in result.stdout
-    assert "__piece_8(__args)" in result.stdout
+    assert "__pieces[8](__args)" in result.stdout
 
 
 def test_explain_prints_json_with_the_promised_keys() -> None:

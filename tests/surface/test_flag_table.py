@@ -49,7 +49,10 @@ ACCEPTED: list[tuple[str, Any]] = [
     ("extra_passes", []),
     ("eager_pieces", [0]),
     ("compile_sizes", []),
+    ("compile_sizes", [1, 8]),
     ("compile_ranges", []),
+    ("compile_ranges", [8, 32]),
+    ("compile_ranges", [[1, 8]]),
     ("cudagraph_mode", "NONE"),
     ("cudagraph_capture_sizes", []),
     ("cudagraph_check", "first"),
@@ -73,8 +76,6 @@ REFUSED: list[tuple[str, Any]] = [
     ("passes", {"NAME": False}),
     ("passes", {"NAME": {"width": 4}}),
     ("extra_passes", ["module:Class"]),
-    ("compile_sizes", [1, 8]),
-    ("compile_ranges", [[1, 8]]),
     ("cudagraph_mode", "PIECEWISE"),
     ("cudagraph_mode", "FULL"),
     ("cudagraph_mode", "FULL_DECODE_ONLY"),
@@ -209,8 +210,12 @@ def eager_tokens(model_folder: Path) -> list[list[int]]:
         ({"backend": "eager"}, CAPTURED),
         ({"backend": "eager", "level": 1}, CAPTURED),
         ({"backend": "eager", "cudagraph_mode": "NONE"}, CAPTURED),
-        ({"eager_pieces": [0]}, CAPTURED),
-        ({"backend": "aot_eager"}, {**CAPTURED, "aot_compiles": 1}),
+        ({"eager_pieces": [0, 2, 4]}, CAPTURED),
+        ({"eager_pieces": [0], "splitting_ops": []}, CAPTURED),
+        ({"backend": "aot_eager"}, {**CAPTURED, "aot_compiles": 3}),
+        ({"backend": "aot_eager", "splitting_ops": []}, {**CAPTURED, "aot_compiles": 1}),
+        ({"backend": "aot_eager", "compile_sizes": [1, 2]}, {**CAPTURED, "aot_compiles": 9}),
+        ({"backend": "aot_eager", "compile_ranges": [1]}, {**CAPTURED, "aot_compiles": 6}),
         ({"mode": "STOCK_TORCH_COMPILE", "backend": "eager"}, UNCOMPILED),  # plain torch.compile, none of ours
     ],
     ids=str,
@@ -252,14 +257,15 @@ def test_stock_mode_is_torch_compile(model_folder: Path) -> None:
     assert torchs["stats"]["unique_graphs"] > 0
 
 
-@pytest.mark.parametrize("level", [1, 2])
-def test_levels_that_compile_make_one_artifact_and_then_load_it(
-    level: int, model_folder: Path, eager_tokens: list[list[int]], fresh_cache: Path
+@pytest.mark.parametrize(("level", "pieces"), [(1, 1), (2, 3)])
+def test_levels_that_compile_make_artifacts_and_then_load_them(
+    level: int, pieces: int, model_folder: Path, eager_tokens: list[list[int]], fresh_cache: Path
 ) -> None:
-    cold = {**CAPTURED, "inductor_compiles": 1, "gxx_runs": 1, "store_misses": 1, "store_writes": 1, "store_hits": 0}
+    made = ("inductor_compiles", "gxx_runs", "store_misses", "store_writes")
+    cold = {**CAPTURED, **dict.fromkeys(made, pieces), "store_hits": 0}
     with counters.expect(**cold):
         assert tokens_of(model_folder, compilation_config=level) == eager_tokens
-    with counters.expect(**{**CAPTURED, "store_hits": 1, "store_misses": 0}):
+    with counters.expect(**{**CAPTURED, "store_hits": pieces, "store_misses": 0}):
         assert tokens_of(model_folder, compilation_config={"level": level}) == eager_tokens
 
 

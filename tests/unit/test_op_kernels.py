@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import onegraph.ops
 from onegraph import op_kernels
 from onegraph.counters import counters
 from onegraph.errors import CompileError
+from onegraph.ir.key import Key
+from onegraph.store.store import Store
 from onegraph.targets.cpu.target import CpuTarget
 
 
@@ -30,11 +33,12 @@ def test_a_graph_that_calls_an_op_is_told_from_one_that_does_not() -> None:
 def test_what_cannot_be_built_is_a_downgrade_that_explain_shows(
     fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: CpuTarget) -> dict[str, bytes]:
+    def fail(self: CpuTarget) -> None:
         raise CompileError("there is no compiler today")
 
     monkeypatch.setattr(op_kernels, "_installed", {})
-    monkeypatch.setattr(CpuTarget, "build_op_kernels", fail)
+    monkeypatch.setattr(op_kernels, "_begun", {})
+    monkeypatch.setattr(CpuTarget, "start_op_kernels_build", fail)
     tokens = Dim("tokens", min=1, max=8)
     arguments = torch.ones(3, 1, 4), torch.zeros(2, 4, 1, 4), torch.tensor([0, 1, 2])
     with counters.expect(op_kernels_missing=1), torch.inference_mode():
@@ -44,3 +48,29 @@ def test_what_cannot_be_built_is_a_downgrade_that_explain_shows(
             )
             assert torch.equal(compiled(*arguments), arguments[0] + 1)
             assert any("there is no compiler today" in note for note in compiled.explain().notes)
+
+
+def test_kernels_that_another_builds_are_not_waited_for_until_they_are_needed(
+    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op_kernels, "_installed", {})
+    monkeypatch.setattr(op_kernels, "_begun", {})
+    target, store = CpuTarget(), Store(fresh_cache)
+    key = Key.of({"op_kernels": target.op_kernel_factors(), "target": target.name})
+    held, give_back = threading.Event(), threading.Event()
+
+    def hold() -> None:  # as another process does
+        with store.lock(key.digest):
+            held.set()
+            give_back.wait(30)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(30)
+    op_kernels.begin_op_kernels(target, store)
+    assert op_kernels._begun == {}
+    with store.lock(key.digest, before_waiting=give_back.set):  # other locks are given back first, too
+        other.join(30)
+    op_kernels.begin_op_kernels(target, store)
+    assert list(op_kernels._begun) == ["cpu"]
+    assert op_kernels.install_op_kernels(target, store).is_installed and op_kernels._begun == {}

@@ -166,6 +166,7 @@ def _captured_graph(
         fake_inputs=fake_inputs,
         fake_mode=raw.fake_mode,
         dims=inputs.dims,
+        sized=inputs.sized,
         symbols=symbols,
         ledger=Ledger(
             inputs=contract.entries,

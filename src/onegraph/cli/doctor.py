@@ -108,7 +108,7 @@ def _compiler() -> tuple[bool, str]:
         return False, "no working C++ compiler: apt-get install g++, or use --enforce-eager, which needs none"
     target = CpuTarget()
     try:
-        built = target.build_kernels([PROBE])
+        built = target.start_build([PROBE]).files()
     except CompileError as error:
         return False, f"{error.message}: apt-get install g++, or use --enforce-eager, which needs none"
     with tempfile.TemporaryDirectory() as folder:

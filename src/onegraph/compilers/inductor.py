@@ -26,7 +26,6 @@ from onegraph.ir.key import Key
 from onegraph.ir.piece import Piece
 from onegraph.ir.target import Target
 from onegraph.torch_compat import inductor
-from onegraph.torch_compat.shapes import RawCondition
 
 WRAPPER, CONSTANTS = "wrapper.py", "constants.pt"
 
@@ -40,24 +39,60 @@ class InProcess:
     mutates_inputs: bool
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """A compiled piece, and the conditions on sizes that Inductor relies on beside those of the shape environment."""
+class Compilation:
+    """A piece whose kernels are being built, beside the caller.
 
-    made: Artifact | InProcess
-    conditions: tuple[RawCondition, ...]
-
-
-def compile_artifact(piece: Piece, key: Key | None, target: Target, options: dict[str, Any]) -> Compiled:
-    """Compiles the piece; must run inside `torch_compat.dynamo.compile_scope`.
-
-    Raises CompileError, which names the piece and says what torch or the toolchain said.
+    `conditions` are those on sizes that Inductor relies on beside those of the shape environment.
     """
-    target.check_toolchain()  # Inductor asks the C++ compiler too, and fails in its own words
-    started = time.perf_counter()
-    counters.add("inductor_compiles")
+
+    def __init__(self, piece: Piece, target: Target, options: dict[str, Any]) -> None:
+        """Must run inside `torch_compat.dynamo.compile_scope`.
+
+        Raises CompileError, which names the piece and says what torch or the toolchain said.
+        """
+        target.check_toolchain()  # Inductor asks the C++ compiler too, and fails in its own words
+        self._started = time.perf_counter()
+        self._target, self._num_ops = target, len(piece.graph_module.graph.nodes)
+        counters.add("inductor_compiles")
+        self._output = _generated(piece, options)
+        self.conditions = self._output.conditions
+        self._source, kernels = "", self._output.kernels
+        if self._output.not_portable is None:
+            self._source, kernels = take_apart(self._output.source, self._output.kernels)
+        self._num_kernels = len(kernels)
+        self._build = target.start_build(kernels)
+
+    def finish(self, key: Key | None) -> Artifact | InProcess:
+        """Waits for the kernels. Raises CompileError."""
+        output, built = self._output, self._build.files()
+        if output.not_portable is not None:
+            assert output.callable is not None and output.link is not None
+            with _in_files(built) as paths:
+                output.link(self._target.load_kernels(paths))
+            function = output.callable
+            return InProcess(lambda inputs: function(*inputs), output.not_portable, output.mutates_inputs)
+        files = {WRAPPER: self._source.encode(), **built}
+        if output.constants:
+            buffer = io.BytesIO()
+            torch.save(output.constants, buffer)
+            files[CONSTANTS] = buffer.getvalue()
+        return Artifact(
+            key=key or Key("", {}),
+            files=files,
+            aliases=output.aliases,
+            mutates_inputs=output.mutates_inputs,
+            seconds=time.perf_counter() - self._started,
+            facts={"num_kernels": self._num_kernels, "num_ops": self._num_ops},
+        )
+
+    def cancel(self) -> None:
+        """Ends the build."""
+        self._build.cancel()
+
+
+def _generated(piece: Piece, options: dict[str, Any]) -> inductor.InductorOutput:
     try:
-        output = inductor.compile_graph(
+        return inductor.compile_graph(
             copy.deepcopy(piece.graph_module), list(piece.fake_inputs), piece.fake_mode, options
         )
     except OnegraphError:
@@ -68,28 +103,6 @@ def compile_artifact(piece: Piece, key: Key | None, target: Target, options: dic
             where=f"piece {piece.index}, {len(piece.graph_module.graph.nodes)} nodes",
             hint="-O.backend=aot_eager or --enforce-eager runs without Inductor; --verbose shows torch's traceback",
         ) from error
-    if output.not_portable is not None:
-        assert output.callable is not None and output.link is not None
-        with _in_files(target.build_kernels(output.kernels)) as paths:
-            output.link(target.load_kernels(paths))
-        function = output.callable
-        made = InProcess(lambda inputs: function(*inputs), output.not_portable, output.mutates_inputs)
-        return Compiled(made, output.conditions)
-    source, kernels = take_apart(output.source, output.kernels)
-    files = {WRAPPER: source.encode(), **target.build_kernels(kernels)}
-    if output.constants:
-        buffer = io.BytesIO()
-        torch.save(output.constants, buffer)
-        files[CONSTANTS] = buffer.getvalue()
-    artifact = Artifact(
-        key=key or Key("", {}),
-        files=files,
-        aliases=output.aliases,
-        mutates_inputs=output.mutates_inputs,
-        seconds=time.perf_counter() - started,
-        facts={"num_kernels": len(kernels), "num_ops": len(piece.graph_module.graph.nodes)},
-    )
-    return Compiled(artifact, output.conditions)
 
 
 @contextlib.contextmanager

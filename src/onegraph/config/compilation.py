@@ -35,13 +35,17 @@ class CUDAGraphMode(enum.Enum):
     FULL_AND_PIECEWISE = "FULL_AND_PIECEWISE"
 
 
+CAPTURE_SIZES = "cudagraph_capture_sizes"
+"""Among `compile_sizes` it stands for the sizes that are recorded."""
+
+
 @dataclass(frozen=True)
 class FieldInfo:
     """What is declared about a field.
 
-    `kind` is how a value is read: `int`, `bool`, `str`, `choice`, `mode`, `cudagraph_mode`, `ints`, `ranges`,
-    `strs` or `dict`. `affects` predicts what a change reaches: the `graph`, the `kernels`, or `nothing` of what
-    is compiled.
+    `kind` is how a value is read: `int`, `bool`, `str`, `choice`, `mode`, `cudagraph_mode`, `ints`, `sizes`,
+    `ranges`, `strs` or `dict`. `affects` predicts what a change reaches: the `graph`, the `kernels`, or `nothing` of
+    what is compiled.
     """
 
     kind: str
@@ -69,9 +73,11 @@ class CompilationConfig:
     passes: Mapping[str, Any] | None = _field("dict", "graph", "a pass's name: false to leave it out, or its options")
     extra_passes: tuple[str, ...] | None = _field("strs", "graph", "passes of yours, as module:Class")
     eager_pieces: tuple[int, ...] | None = _field("ints", "nothing", "numbers of pieces that run uncompiled")
-    compile_sizes: tuple[int, ...] | None = _field("ints", "kernels", "sizes that get an artifact of their own")
+    compile_sizes: tuple[int | str, ...] | None = _field(
+        "sizes", "kernels", "sizes that get an artifact of their own; `cudagraph_capture_sizes` stands for those"
+    )
     compile_ranges: tuple[Any, ...] | None = _field(
-        "ranges", "kernels", "ranges [from, to] of sizes that get an artifact of their own"
+        "ranges", "kernels", "ranges with an artifact of their own: pairs [from, to], or the sizes at which they end"
     )
     cudagraph_mode: CUDAGraphMode | None = _field(
         "cudagraph_mode", "nothing", "what is recorded as CUDA graphs", tuple(CUDAGraphMode.__members__)
@@ -181,6 +187,9 @@ def checked(name: str, value: Any) -> Any:
         return whole
     if info.kind == "ints":
         return tuple(_whole(name, item, None) for item in _items(name, value))
+    if info.kind == "sizes":
+        items = (value,) if value == CAPTURE_SIZES else _items(name, value)
+        return tuple(item if item == CAPTURE_SIZES else _whole(name, item, None) for item in items)
     if info.kind == "ranges":
         return tuple(_range(name, item) for item in _items(name, value))
     if info.kind == "strs":

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from onegraph.config.compilation import FIELDS, CompilationConfig, CompilationMode, CUDAGraphMode
+from onegraph.config.compilation import CAPTURE_SIZES, FIELDS, CompilationConfig, CompilationMode, CUDAGraphMode
 from onegraph.env import Environment
 from onegraph.errors import ConfigError
 
@@ -99,8 +99,6 @@ ALWAYS: Mapping[str, Any] = {
 # What this version can't do yet: the values other than these are refused, with the reason.
 HONOURED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "extra_passes": (((),), "this version runs no passes of its own or of users"),
-    "compile_sizes": (((),), "this version makes one artifact for all sizes"),
-    "compile_ranges": (((),), "this version makes one artifact for all sizes"),
     "cudagraph_capture_sizes": (((),), "this version makes no recordings"),
     "cudagraph_check": ((), "this version makes no recordings"),
     "cudagraph_lazy": ((False,), "this version makes no recordings"),
@@ -124,6 +122,7 @@ def resolve(
     _refuse_contradictions(given, levels["mode"], enforce_eager)
     values = {name: Default(value) for name, value in ALWAYS.items()} | levels | given
     values["inductor_compile_config"] = _autotuned(values)
+    values["compile_sizes"] = _with_capture_sizes(values)
     return ResolvedConfig(
         **{name: values[name].value for name in FIELDS},
         why={name: values[name].why for name in FIELDS},
@@ -179,6 +178,21 @@ def _autotuned(values: Mapping[str, Default]) -> Default:
         return asked
     why = "level -O3" if asked.why == "default" else f"level -O3, {asked.why}"
     return Default({**AUTOTUNED, **asked.value}, why)
+
+
+def _with_capture_sizes(values: Mapping[str, Default]) -> Default:
+    """The sizes that get artifacts, with those that are recorded in the place of their name."""
+    asked, recorded = values["compile_sizes"], values[CAPTURE_SIZES].value
+    if CAPTURE_SIZES not in asked.value:
+        return asked
+    if not recorded:
+        raise ConfigError(
+            f"compile_sizes ({asked.why}) names {CAPTURE_SIZES}, and no sizes are recorded",
+            where="compile_sizes",
+            hint=f"give sizes as numbers, or {CAPTURE_SIZES}",
+        )
+    sizes = [size for item in asked.value for size in (recorded if item == CAPTURE_SIZES else (item,))]
+    return Default(tuple(dict.fromkeys(sizes)), asked.why)
 
 
 def _refuse_contradictions(given: Mapping[str, Default], mode: Default, enforce_eager: bool) -> None:

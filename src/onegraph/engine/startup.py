@@ -5,10 +5,10 @@ stage took. This is the one place where an engine's model is compiled.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ from onegraph.engine.limits import Limits, resolve_limits
 from onegraph.engine.text import Text
 from onegraph.explanation import Explanation
 from onegraph.models import BUILTIN_MODEL, LoadedModel, load_model
-from onegraph.op_kernels import OpKernels, install_op_kernels
+from onegraph.op_kernels import OpKernels, begin_op_kernels, install_op_kernels
 from onegraph.targets import target_for
 
 WARM_UP_TOKENS = 16
@@ -65,8 +65,8 @@ def start_engine(config: EngineConfig) -> Started:
     limits = resolve_limits(config, model_len=model.max_model_len, layers=layers)
     loaded = time.perf_counter()
     with _bar("compile", 5) as progress:
-        progress("attention kernel")
-        op_kernels = install_op_kernels(target_for(api.device_type_of(model.module)), api.open_store())
+        target, store = target_for(api.device_type_of(model.module)), api.open_store()
+        begin_op_kernels(target, store)
         compiled = api.compile(
             model.module,
             dynamic_shapes=model.module.dynamic_shapes(
@@ -76,7 +76,7 @@ def start_engine(config: EngineConfig) -> Started:
             enforce_eager=config.enforce_eager,
             name=model.name,
             own_module=True,
-            observer=lambda stage, seconds: progress(stage) if seconds is None else None,
+            observer=lambda stage, seconds, detail="": progress(stage, detail) if seconds is None else None,
         )
         engine = assemble_engine(
             compiled,
@@ -89,6 +89,8 @@ def start_engine(config: EngineConfig) -> Started:
             seed=config.seed,
         )
         engine.warm_up(min(WARM_UP_TOKENS, limits.max_num_batched_tokens))
+        progress("attention kernel")
+        op_kernels = install_op_kernels(target, store)
     return Started(engine, model, compiled, op_kernels, limits, config, loaded - began, time.perf_counter() - loaded)
 
 
@@ -109,15 +111,22 @@ def eos_token_ids(model: LoadedModel) -> frozenset[int]:
     return frozenset()
 
 
+class Progress(Protocol):
+    """Told each step as it begins, and how far it is."""
+
+    def __call__(self, step: str, detail: str = "") -> None: ...
+
+
 @contextmanager
-def _bar(title: str, num_steps: int) -> Iterator[Callable[[str], None]]:
-    """A bar for one stage of the start, which is told each step as it begins; for terminals only."""
+def _bar(title: str, num_steps: int) -> Iterator[Progress]:
+    """A bar for one stage of the start; for terminals only."""
     with tqdm(desc=title, total=num_steps, unit="step", disable=None, leave=False) as bar:
         begun: list[str] = []
 
-        def begin(step: str) -> None:
-            bar.update(1 if begun else 0)  # the step before is done
-            bar.set_postfix_str(step)
-            begun.append(step)
+        def tell(step: str, detail: str = "") -> None:
+            if begun[-1:] != [step]:
+                bar.update(1 if begun else 0)  # the step before is done
+                begun.append(step)
+            bar.set_postfix_str(f"{step}, {detail}" if detail else step)
 
-        yield begin
+        yield tell

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -19,3 +23,17 @@ class DynamicDim:
 
     def to_dict(self) -> dict[str, object]:
         return {"name": self.name, "min": self.min, "max": self.max, "inputs": list(self.inputs)}
+
+
+@dataclass(frozen=True)
+class SizedArgument:
+    """A tensor argument with declared dims: `shape` has the name of a declared dim, or a number.
+
+    `order` are the dims from the one with the largest stride to the one with the smallest.
+    """
+
+    path: str
+    shape: tuple[int | str, ...]
+    order: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device

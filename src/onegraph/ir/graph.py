@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from onegraph.ir.dims import DynamicDim
+from onegraph.ir.dims import DynamicDim, SizedArgument
 from onegraph.ir.ledger import Ledger, StateRead
 
 GraphCallable = Callable[..., Any]
@@ -46,6 +46,8 @@ class CapturedGraph:
     fake_inputs: tuple[Any, ...]
     fake_mode: Any
     dims: tuple[DynamicDim, ...]
+    sized: tuple[SizedArgument, ...]
+    """The arguments that the declared dims belong to."""
     symbols: dict[str, str]
     """Symbol of torch (`u0`) -> name of the declared dim."""
     ledger: Ledger

@@ -21,9 +21,11 @@ class PlanCall:
 class ExecutionPlan:
     """`inputs` are the graph's placeholders (weights, sizes, tensors) in order; `results` its outputs.
 
-    A result is the name of a value, or a constant that isn't a string.
+    A result is the name of a value, or a constant that isn't a string. `size` is an expression over the inputs for
+    the size of the first declared dim; None where there is no such dim.
     """
 
     inputs: tuple[str, ...]
     calls: tuple[PlanCall, ...]
     results: tuple[Any, ...]
+    size: str | None = None

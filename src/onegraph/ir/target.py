@@ -17,6 +17,21 @@ class KernelSource:
     source: str
 
 
+class KernelBuild(Protocol):
+    """A build that runs beside the caller, in processes of its own."""
+
+    def files(self) -> dict[str, bytes]:
+        """Waits for its end; gives the files that an artifact keeps, `{name: contents}`.
+
+        Raises CompileError with the toolchain's own words.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """Ends it, if it still runs."""
+        ...
+
+
 class Target(Protocol):
     """A kind of device."""
 
@@ -40,25 +55,22 @@ class Target(Protocol):
         """Raises CompileError, with what to install, where kernels can't be built."""
         ...
 
-    def build_kernels(self, kernels: Sequence[KernelSource]) -> dict[str, bytes]:
-        """Compiles the kernels; gives the files that an artifact keeps, `{name: contents}`.
-
-        Raises CompileError with the toolchain's own words.
-        """
+    def start_build(self, kernels: Sequence[KernelSource]) -> KernelBuild:
+        """Begins to compile the kernels, and returns at once. Raises CompileError where there is no toolchain."""
         ...
 
     def load_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Any]:
-        """Loads what `build_kernels` made; gives a callable for each kernel name."""
+        """Loads what `start_build` made; gives a callable for each kernel name."""
         ...
 
     def op_kernel_factors(self) -> dict[str, Any]:
         """What the library of kernels for onegraph's own ops is made of. JSON-able: its key. Runs no compiler."""
         ...
 
-    def build_op_kernels(self) -> dict[str, bytes]:
-        """Compiles that library; gives its files. Raises CompileError."""
+    def start_op_kernels_build(self) -> KernelBuild:
+        """Begins to compile that library, and returns at once. Raises CompileError where there is no toolchain."""
         ...
 
     def load_op_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Callable[..., Any]]:
-        """Loads what `build_op_kernels` made; gives an implementation for each op by name."""
+        """Loads what `start_op_kernels_build` made; gives an implementation for each op by name."""
         ...

@@ -1,26 +1,31 @@
 """The runtime: a straight-line Python function printed from an ExecutionPlan.
 
-Takes a plan and a callable for each piece, which takes a list of the piece's inputs. Gives a function of the plan's
-inputs, flat. The source is registered with linecache, so that tracebacks show it and pdb steps through it.
+Takes a plan, and for each region of sizes a callable for each piece, which takes a list of the piece's inputs. Gives
+a function of the plan's inputs, flat. The source is registered with linecache, so that tracebacks show it and pdb
+steps through it.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import linecache
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from onegraph.ir.artifact import PieceCallable
 from onegraph.ir.plan import ExecutionPlan, PlanCall
 
 _FILENAME = "<onegraph plan "
 
 
-def plan_source(plan: ExecutionPlan) -> str:
-    """The function's text. `__piece_3` is the callable of piece 3."""
+def plan_source(plan: ExecutionPlan, num_regions: int = 1) -> str:
+    """The function's text. `pieces[3]` is the callable of piece 3, in the region that has the call's size."""
     lines = [f"def run({', '.join(plan.inputs)}):"]
+    region = "0" if num_regions == 1 else f"__region_of({plan.size})"
+    lines.append(f"    __pieces = __regions[{region}]")
     for call in plan.calls:
         lines += [f"    {line}" for line in _call_lines(call, set(plan.inputs))]
     results = ", ".join(one if isinstance(one, str) else repr(one) for one in plan.results)
@@ -36,33 +41,55 @@ def _call_lines(call: PlanCall, parameters: set[str]) -> list[str]:
     if ends:
         lines.append(f"del {', '.join(ends)}")
     outputs = ", ".join(call.outputs) + ("," if len(call.outputs) == 1 else "")
-    lines.append(f"{outputs} = __piece_{call.piece}(__args)" if outputs else f"__piece_{call.piece}(__args)")
+    call_code = f"__pieces[{call.piece}](__args)"
+    lines.append(f"{outputs} = {call_code}" if outputs else call_code)
     unused = [name for name in call.frees if name in call.outputs]
     if unused:
         lines.append(f"del {', '.join(unused)}")
     return lines
 
 
-def plan_function(plan: ExecutionPlan, pieces: Mapping[int, Callable[[list[Any]], Any]]) -> Callable[..., Any]:
-    """The function that calls `pieces`, by their index."""
-    source = plan_source(plan)
+def plan_function(
+    plan: ExecutionPlan,
+    regions: Sequence[Sequence[PieceCallable]],
+    region_of: Callable[[int], int] | None = None,
+) -> Callable[..., Any]:
+    """The function that calls the pieces: those of `regions[region_of(size)]`, where there is more than one region."""
+    source = plan_source(plan, len(regions))
     filename = f"{_FILENAME} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    namespace: dict[str, Any] = {f"__piece_{index}": call for index, call in pieces.items()}
+    namespace: dict[str, Any] = {"__regions": [list(pieces) for pieces in regions], "__region_of": region_of}
     exec(compile(source, filename, "exec"), namespace)  # noqa: S102 - our own text
     function: Callable[..., Any] = namespace["run"]
     return function
 
 
-def replace_piece(function: Callable[..., Any], index: int, call: Callable[[list[Any]], Any]) -> None:
-    """From the next call on, `function`, made by `plan_function`, calls `call` for the piece."""
-    function.__globals__[f"__piece_{index}"] = call
+def replace_piece(function: Callable[..., Any], region: int, index: int, call: PieceCallable) -> None:
+    """From the next call on, `function`, made by `plan_function`, calls `call` for the piece in that region."""
+    function.__globals__["__regions"][region][index] = call
+
+
+def region_finder(boxes: Sequence[tuple[int, int]]) -> Callable[[int], int]:
+    """A function from a size to the index of the first of the closed ranges that has it, by bisection.
+
+    A size that none has raises AssertionError: the declared range was checked before.
+    """
+    edges = sorted({edge for least, most in boxes for edge in (least, most + 1)})
+    found = [next((i for i, (least, most) in enumerate(boxes) if least <= edge <= most), None) for edge in edges]
+
+    def region_of(size: int) -> int:
+        place = bisect.bisect_right(edges, size) - 1
+        region = found[place] if place >= 0 else None
+        assert region is not None, f"no artifact is for the size {size}"
+        return region
+
+    return region_of
 
 
 def failed_piece(error: BaseException) -> int | None:
     """The piece that the error was raised in; None where it wasn't raised inside of a plan's function."""
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename.startswith(_FILENAME):
-            called = re.search(r"__piece_(\d+)\(", frame.line or "")
+            called = re.search(r"__pieces\[(\d+)\]\(", frame.line or "")
             return int(called[1]) if called else None
     return None

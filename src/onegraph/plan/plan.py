@@ -5,8 +5,12 @@ Takes a SplitGraph. Gives an ExecutionPlan, which is data: the runtime is printe
 
 from __future__ import annotations
 
+import torch
+
+from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.piece import SplitGraph
 from onegraph.ir.plan import ExecutionPlan, PlanCall
+from onegraph.torch_compat import shapes
 
 
 def plan_calls(split: SplitGraph) -> ExecutionPlan:
@@ -24,4 +28,16 @@ def plan_calls(split: SplitGraph) -> ExecutionPlan:
         comment = ", ".join(part for part in (piece.kind, piece.why or piece.module_path) if part)
         calls.append(PlanCall(piece.index, piece.inputs, piece.outputs, frees, comment))
     names = tuple(node.name for node in split.captured.graph_module.graph.find_nodes(op="placeholder"))
-    return ExecutionPlan(names, tuple(calls), split.results)
+    return ExecutionPlan(names, tuple(calls), split.results, _size(split.captured, names))
+
+
+def _size(captured: CapturedGraph, names: tuple[str, ...]) -> str | None:
+    """Where the inputs show the size of the first declared dim."""
+    first = {symbol for symbol, dim in captured.symbols.items() if captured.dims and dim == captured.dims[0].name}
+    found = []
+    for name, value in zip(names, captured.fake_inputs, strict=True):
+        lengths = value.shape if isinstance(value, torch.Tensor) else [value]
+        for index, length in enumerate(lengths):
+            if shapes.is_plain_symbol(length) and shapes.symbol_names(length) <= first:
+                found.append(f"{name}.shape[{index}]" if isinstance(value, torch.Tensor) else name)
+    return min(found, key=len, default=None)

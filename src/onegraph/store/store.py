@@ -17,11 +17,11 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from onegraph.counters import counters
 from onegraph.errors import ArtifactError
@@ -102,16 +102,22 @@ class Store:
         return StoredArtifact(manifest, {name: self._blob(record.sha256) for name, record in records.items()})
 
     @contextlib.contextmanager
-    def lock(self, digest: str) -> Iterator[None]:
+    def lock(self, digest: str, before_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Held while a key is compiled, so that of several processes one compiles and the others read.
 
-        Where the file system has no locks, everybody compiles: the result is the same.
+        `before_waiting()` is called when another holds it, to give back other locks: two processes that hold one each
+        and wait for the other's would wait for ever. Where the file system has no locks, everybody compiles: the
+        result is the same.
         """
         path = self.root / "locks" / f"{digest}.lock"
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             held = FileLock(path)
-            held.acquire()
+            try:
+                held.acquire(blocking=False)
+            except Timeout:
+                before_waiting()
+                held.acquire()
         except (OSError, NotImplementedError) as error:
             log.warning("no lock for %s (%s): compiling without one", digest[:12], error)
             yield

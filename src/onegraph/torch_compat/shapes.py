@@ -203,6 +203,19 @@ def symbol_names(value: Any) -> set[str]:
     return set()
 
 
+def symbols_of(values: Iterable[Any], shape_env: Any) -> set[str]:
+    """The names of the symbols in tensors' sizes and strides, and in sizes, after replacement."""
+    lengths = [n for value in values for n in (_lengths(value) if isinstance(value, torch.Tensor) else [value])]
+    exprs = [
+        expression(n, shape_env) if isinstance(n, torch.SymInt) else n.node.expr for n in lengths if is_symbolic(n)
+    ]
+    return {str(symbol) for expr in exprs for symbol in expr.free_symbols}
+
+
+def _lengths(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (*tensor.shape, *tensor.stride()) if tensor.layout == torch.strided else tuple(tensor.shape)
+
+
 def is_plain_symbol(value: Any) -> bool:
     """Whether the value is one symbol, and no expression of symbols."""
     return isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol)

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from onegraph.config.compilation import FIELDS, CompilationConfig, CompilationMode, CUDAGraphMode
-from onegraph.config.resolve import ALWAYS, HONOURED, DeviceRules, ResolvedConfig, resolve
+from onegraph.config.resolve import (
+    ALWAYS,
+    HONOURED,
+    Default,
+    DeviceRules,
+    ResolvedConfig,
+    _with_capture_sizes,
+    resolve,
+)
 from onegraph.env import environment
 from onegraph.errors import ConfigError
 
@@ -133,8 +141,6 @@ def test_what_says_the_same_is_no_contradiction() -> None:
 REFUSED: list[dict[str, Any]] = [
     {"extra_passes": ["module:Class"]},
     {"passes": {"fuse_add": False}},
-    {"compile_sizes": [1]},
-    {"compile_ranges": [[1, 8]]},
     {"cudagraph_mode": "PIECEWISE"},
     {"cudagraph_capture_sizes": [1, 2]},
     {"cudagraph_check": "always"},
@@ -178,6 +184,17 @@ def test_the_graph_is_split_at_attention_unless_the_level_or_the_mode_says_other
     assert resolved({"level": 3}).splitting_ops == config.splitting_ops
     for fields in ({"splitting_ops": []}, {"level": 1}, {"mode": 0}):
         assert resolved(fields).splitting_ops == ()
+
+
+def test_the_sizes_that_are_recorded_can_have_artifacts_of_their_own() -> None:
+    asked = {"compile_sizes": [8, "cudagraph_capture_sizes", 1], "cudagraph_capture_sizes": []}
+    with pytest.raises(ConfigError, match="compile_sizes .user. names cudagraph_capture_sizes, and no sizes"):
+        resolved(asked)
+    sizes = _with_capture_sizes(
+        {"compile_sizes": Default((8, "cudagraph_capture_sizes", 1), "user"),
+         "cudagraph_capture_sizes": Default((1, 2, 4), "user")}
+    )  # fmt: skip
+    assert sizes.value == (8, 1, 2, 4)
 
 
 def test_every_field_has_a_reason_and_prints_as_json() -> None:

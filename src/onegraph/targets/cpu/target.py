@@ -5,22 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib.machinery
 import importlib.util
-import subprocess
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from onegraph.counters import counters
-from onegraph.errors import CompileError
-from onegraph.ir.target import KernelSource
+from onegraph.ir.target import KernelBuild, KernelSource
 from onegraph.targets.cpu import attention
+from onegraph.targets.cpu.compiler_run import LIBRARY, CompilerRun, NothingToBuild, no_compiler
 from onegraph.targets.cpu.library import MODULE, library_source
 from onegraph.torch_compat import toolchain
-
-SOURCE, LIBRARY = "kernels.cpp", "kernels.so"
 
 
 class CpuTarget:
@@ -53,13 +48,11 @@ class CpuTarget:
         try:
             toolchain.compiler_version(toolchain.cpp_compiler())
         except toolchain.ToolchainMissingError as error:
-            raise _no_compiler(error) from error
+            raise no_compiler(error) from error
 
-    def build_kernels(self, kernels: Sequence[KernelSource]) -> dict[str, bytes]:
+    def start_build(self, kernels: Sequence[KernelSource]) -> KernelBuild:
         """One library of all kernels; no files for a piece without kernels. Raises CompileError."""
-        if not kernels:
-            return {}
-        return self._build(library_source(kernels), "building the kernels of a piece")
+        return self._start(library_source(kernels), "building the kernels of a piece") if kernels else NothingToBuild()
 
     def op_kernel_factors(self) -> dict[str, Any]:
         """Source, flags with what torch derives more of them from, and the machine; not the number of threads."""
@@ -71,36 +64,17 @@ class CpuTarget:
             "cpu_flags": toolchain.cpu_flags(),
         }
 
-    def build_op_kernels(self) -> dict[str, bytes]:
+    def start_op_kernels_build(self) -> KernelBuild:
         """The library of `attention.cpp`. Raises CompileError."""
-        return self._build(attention.library_source(), "building the attention kernel", attention.FLAGS)
+        return self._start(attention.library_source(), "building the attention kernel", attention.FLAGS)
 
     def load_op_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Callable[..., Any]]:
         """The ops of `targets/cpu/attention.py`."""
         return attention.implementations(self.load_kernels(files))
 
-    def _build(self, text: str, where: str, flags: Sequence[str] = ()) -> dict[str, bytes]:
+    def _start(self, text: str, where: str, flags: Sequence[str] = ()) -> KernelBuild:
         self.check_toolchain()
-        with tempfile.TemporaryDirectory(prefix="onegraph-build-") as folder:
-            source = Path(folder) / SOURCE
-            source.write_text(text)
-            command, library = toolchain.compile_command([str(source)], "kernels", Path(folder))
-            self._run([*command, *flags], folder, where)
-            return {SOURCE: text.encode(), LIBRARY: library.read_bytes()}
-
-    def _run(self, command: list[str], folder: str, where: str) -> None:
-        counters.add("gxx_runs")
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-        except OSError as error:  # it was there when its version was asked for
-            raise _no_compiler(error) from error
-        if result.returncode != 0:
-            errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
-            raise CompileError(
-                f"the C++ compiler failed with exit code {result.returncode}: " + " | ".join(errors[:3]),
-                where=where,
-                hint="run `onegraph doctor`; -O.backend=aot_eager or --enforce-eager runs without it",
-            )
+        return CompilerRun(text, flags, where)
 
     def load_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Any]:
         """The library's functions by kernel name; an empty mapping where a piece has no kernels."""
@@ -114,11 +88,3 @@ class CpuTarget:
         loader.exec_module(module)
         module.bind(toolchain.tensor_data_pointer_function())
         return vars(module)
-
-
-def _no_compiler(error: Exception) -> CompileError:
-    return CompileError(
-        f"there is no working C++ compiler: {error}",
-        where="building the kernels of a piece",
-        hint="install g++ (Debian, Ubuntu: apt-get install g++), or use --enforce-eager, which needs none",
-    )

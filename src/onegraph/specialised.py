@@ -1,0 +1,181 @@
+"""What is made of one captured graph: its pieces, compiled for each part of the sizes, and the function that runs them.
+
+Parts are what `compile_sizes` and `compile_ranges` ask for, and the rest. Here a piece falls back to eager, and here it
+is told which artifact serves which sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from onegraph.binding import BoundWeights
+from onegraph.capture.custom_ops import CustomOp
+from onegraph.capture.regions import covered_range
+from onegraph.compilers import eager
+from onegraph.config.resolve import ResolvedConfig
+from onegraph.errors import ConfigError
+from onegraph.explanation import PieceExplanation, RangeExplanation
+from onegraph.ir.artifact import CompiledPiece
+from onegraph.ir.dims import DynamicDim
+from onegraph.ir.graph import CapturedGraph
+from onegraph.ir.ledger import ShapeEntry
+from onegraph.ir.piece import SplitGraph
+from onegraph.ir.plan import ExecutionPlan
+from onegraph.ir.region import Region, general_region, requested_regions
+from onegraph.plan.function import replace_piece
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """What was made for one region: `call` takes the module's arguments, whose sizes the region must have."""
+
+    captured: CapturedGraph
+    region: Region
+    """All the sizes that it is right for."""
+    split: SplitGraph
+    plan: ExecutionPlan
+    parts: tuple[Region, ...]
+    """The sizes that have artifacts of their own; a size has that of the first part that it lies in."""
+    pieces: tuple[tuple[CompiledPiece, ...], ...]
+    """The pieces of each part."""
+    run: Callable[..., Any]
+    """The plan's function, of weights and inputs."""
+    weights: BoundWeights
+    custom_ops: tuple[CustomOp, ...]
+    call: Callable[..., Any]
+
+    @property
+    def constraints(self) -> tuple[ShapeEntry, ...]:
+        """The conditions on sizes that the trace and the compiled pieces rely on."""
+        compiled = (piece for pieces in self.pieces for piece in pieces)
+        return self.captured.ledger.shapes + tuple(entry for piece in compiled for entry in piece.constraints)
+
+
+def parts_of(
+    captured: CapturedGraph, region: Region, plan: ExecutionPlan, config: ResolvedConfig
+) -> tuple[Region, ...]:
+    """The sizes of the region that get artifacts of their own, and the region itself where these leave any out."""
+    dims = captured.dims
+    *narrower, last = requested_regions(dims, config.compile_ranges, config.compile_sizes)
+    if plan.size is None:
+        return (region,)  # the first dim reaches nothing that is computed
+    if last != general_region(dims):
+        narrower.append(last)
+    if region.predicate is not None:
+        narrower = [one for one in narrower if covered_range(one.dims(dims), region.predicate)[0] is not None]
+        return (*narrower, region)
+    return tuple(narrower) if last != general_region(dims) else (*narrower, region)
+
+
+def with_eager_piece(made: Sequence[Specialised], piece: int, why: str, size: int | None) -> list[Specialised]:
+    """The same with one piece run op by op from the next call on: at all sizes, or in place of one size's artifact.
+
+    Raises ConfigError for a piece that there isn't, and a size that isn't declared.
+    """
+    if size is not None:
+        _refuse_undeclared(size, made[0].captured.dims)
+    return [_with_eager_one(one, piece, why, size) if size is None or _serves(one, size) else one for one in made]
+
+
+def _refuse_undeclared(size: int, dims: tuple[DynamicDim, ...]) -> None:
+    if not dims or not dims[0].min <= size <= dims[0].max:
+        declared = f"{dims[0].name} is declared as {dims[0].min}..{dims[0].max}" if dims else "no dim is dynamic"
+        raise ConfigError(f"no artifact is for the size {size}: {declared}", where="fallback")
+
+
+def _serves(one: Specialised, size: int) -> bool:
+    """Whether a call with that size of the first dim may run this graph."""
+    first, *others = one.captured.dims
+    dims = (replace(first, min=size, max=size), *others)
+    return one.region.predicate is None or covered_range(dims, one.region.predicate)[0] is not None
+
+
+def _with_eager_one(one: Specialised, index: int, why: str, size: int | None) -> Specialised:
+    if index not in range(len(one.split.pieces)):
+        raise ConfigError(
+            f"there is no piece {index}: the graph's pieces are 0..{len(one.split.pieces) - 1}", where="fallback"
+        )
+    regions = range(len(one.parts)) if size is None else [i for i, part in enumerate(one.parts) if part.has(size)][:1]
+    replaced = CompiledPiece(eager.compile_piece(one.split.pieces[index]), "eager", "off", why, 0.0)
+    pieces = list(one.pieces)
+    for region in regions:
+        replace_piece(one.run, region, index, replaced.call)
+        pieces[region] = _without(pieces[region], index, replaced)
+    return replace(one, pieces=tuple(pieces))
+
+
+def _without(pieces: tuple[CompiledPiece, ...], index: int, replaced: CompiledPiece) -> tuple[CompiledPiece, ...]:
+    """With another piece at the index; those that shared the artifact of the old one still share it."""
+    twins = [i for i, other in enumerate(pieces) if other.same_as == index]
+    kept = [
+        replace(other, same_as=twins[0] if i != twins[0] else None) if i in twins else other
+        for i, other in enumerate(pieces)
+    ]
+    kept[index] = replaced
+    return tuple(kept)
+
+
+def explained_pieces(made: Sequence[Specialised]) -> tuple[PieceExplanation, ...]:
+    """Each piece with its artifact for each region; regions may be cut into different numbers of pieces."""
+    return tuple(_explained(made))
+
+
+def _explained(made: Sequence[Specialised]) -> Iterator[PieceExplanation]:
+    for index in range(max(len(one.split.pieces) for one in made)):
+        ranges = [one for one in made if index < len(one.split.pieces)]
+        piece, compiled = ranges[0].split.pieces[index], ranges[0].pieces[0][index]
+        several = len(made) > 1 or len(ranges[0].parts) > 1
+        yield PieceExplanation(
+            index=index,
+            kind=piece.kind,
+            backend=next((b for one in ranges if (b := _backend(one, index)) != "eager"), "eager"),
+            ranges=tuple(shown for one in ranges for shown in _ranges(one, index, several))
+            if piece.kind == "compiled"
+            else (),
+            same_as=compiled.same_as,
+            differs_from=compiled.differs_from,
+            module_path=piece.module_path,
+            why=piece.why,
+            num_ops=sum(node.op.startswith("call_") for node in piece.graph_module.graph.nodes),
+        )
+
+
+def _backend(one: Specialised, index: int) -> str:
+    """What runs a piece, where that isn't eager for all sizes."""
+    backends = (pieces[index].backend for pieces in one.pieces)
+    return next((backend for backend in backends if backend != "eager"), "eager")
+
+
+def _ranges(one: Specialised, index: int, several: bool) -> Iterator[RangeExplanation]:
+    """The artifacts of a piece, each once with the sizes that it serves."""
+    shared = {id(pieces[index].call) for pieces in one.pieces}
+    for part, pieces in zip(one.parts, one.pieces, strict=True):
+        if id(pieces[index].call) not in shared:
+            continue
+        shared.discard(id(pieces[index].call))
+        serves_all = all(other[index].call is pieces[index].call for other in one.pieces)
+        predicate = one.region.predicate if serves_all else _both(one.region.predicate, part.condition(one.region))
+        lower, upper = _bounds(one, one.region if serves_all else part)
+        piece = pieces[index]
+        yield RangeExplanation(
+            min=lower,
+            max=upper,
+            predicate=predicate if several and predicate else None,
+            key=piece.key,
+            store=piece.store,
+            why=piece.why,
+            seconds=piece.seconds,
+        )
+
+
+def _bounds(one: Specialised, part: Region) -> tuple[int | None, int | None]:
+    """The least and the greatest size of the first dim in a part."""
+    if one.region.predicate is not None:
+        return covered_range(part.dims(one.captured.dims), one.region.predicate)
+    return part.ranges[0][1:] if part.ranges else (None, None)
+
+
+def _both(left: str | None, right: str | None) -> str | None:
+    return " and ".join(f"({one})" if left and right else one for one in (left, right) if one) or None
