@@ -55,9 +55,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_config(shape: str) -> Any:
-    """The transformers config of a shape. Raises KeyError for a name that isn't in SHAPES."""
+def make_config(shape: str, num_layers: int | None = None) -> Any:
+    """The transformers config of a shape, with another number of layers if given. KeyError: an unknown name."""
     fields = dict(SHAPES[shape])
+    if num_layers is not None:
+        fields["num_hidden_layers"] = num_layers
     kind = fields.pop("model_type")
     return AutoConfig.for_model(
         kind, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0, pad_token_id=0, **fields
@@ -83,10 +85,12 @@ def make_tokenizer(vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def make_model(shape: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+def make_model(
+    shape: str, folder: Path, *, num_layers: int | None = None, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> Path:
     """Writes config, safetensors and a tokenizer; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    config = make_config(shape)
+    config = make_config(shape, num_layers)
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(config.vocab_size)).save_pretrained(folder)
     return folder
