@@ -23,6 +23,7 @@ KINDS = {
     "int": "whole number",
     "bool": "true, false",
     "ints": "list of whole numbers",
+    "sizes": "list of whole numbers",
     "ranges": "list of endpoints or pairs",
     "strs": "list of names",
     "dict": "object",
