@@ -79,7 +79,11 @@ def check_case(seed: int, folder: Path, backend: str) -> tuple[list[str], int]:
         whole = onegraph.compile(program, dynamic_shapes=ROWS, config={"backend": "eager", "splitting_ops": []})
         ran(whole, 5)
     ops = random.sample(captured[0], min(len(captured[0]), random.randint(1, 3)))
-    config = {"backend": backend, "splitting_ops": ops, **(drawn_regions(random) if backend != "eager" else {})}
+    config: dict[str, Any] = {"backend": backend, "splitting_ops": ops}
+    if backend == "aot_eager":
+        config |= drawn_regions(random)
+    elif backend == "inductor" and random.random() < 0.5:
+        config["compile_sizes"] = [random.choice([1, 5])]
     split = onegraph.compile(program, dynamic_shapes=ROWS, config=config)
     exact = {"rtol": 0, "atol": 0} if backend == "eager" else {"rtol": 1e-4, "atol": 1e-5}
     for rows in (5, 1, 2, 64):
