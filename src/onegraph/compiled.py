@@ -85,7 +85,7 @@ class CompiledModel:
         self._told_too_many = False
         self._checks: tuple[SizeCheck, ...] = ()
         self._fallbacks: Fallbacks = {}
-        self._slots: dict[tuple[int, tuple[tuple[str, int], ...]], dict[str, torch.Tensor]] = {}
+        self._slots: dict[Any, dict[str, torch.Tensor]] = {}
         self._building = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -163,23 +163,28 @@ class CompiledModel:
         """
         if backend != "eager":
             raise ConfigError(f"a piece can fall back to eager, not to {backend!r}", where="fallback")
+        for given in (piece, *([] if size is None else [size])):
+            if isinstance(given, bool) or not isinstance(given, int):
+                raise ConfigError(f"{given!r} is no whole number", where="fallback")
         self._fall_back(piece, size, "asked for by fallback()")
 
     def slots(self, size: int, **others: int) -> dict[str, torch.Tensor]:
         """Static input tensors for an engine that fills them in place, by argument: the same ones at each call.
 
         `size` is that of the first declared dim, `others` are those of further dims by name. Each tensor with a
-        declared dim is in it, of the example's dtype, device and order of strides, filled with zeros; `x[0]` names
-        one inside of an argument. Raises ConfigError before the first call or `warm_up`, and for sizes that don't
-        fit the dims; ShapeOutOfRangeError.
+        declared dim is in it, of the example's dtype, device and strides, filled with zeros; `x[0]` names one inside of
+        an argument. After a recapture they are made anew. Raises ConfigError before the first call or `warm_up`, for
+        sizes that don't fit the dims, and for an expanded example; ShapeOutOfRangeError.
         """
         with self._building:
             built = self._current or (self._traces[-1] if self._traces else None)
-            if built is None or built.slots is None:
+            if built is None:
                 raise ConfigError(
                     "there are slots once the model is compiled", hint="call warm_up first", where="slots"
                 )
-            key = size, tuple(sorted(others.items()))
+            if built.slots is None:
+                raise ConfigError("nothing is compiled, so there are no slots", hint="give another mode", where="slots")
+            key = built.slots, str(size), str(sorted(others.items()))
             if key not in self._slots:
                 self._slots[key] = built.slots(size, others)
             return dict(self._slots[key])
@@ -236,7 +241,16 @@ class CompiledModel:
                 return Built(self.original, self.explain(), holds=lambda: False)
             counters.add("recaptures")
             log.warning("captured once more: %s", _told(changes))
-        built = _fallen_back(self._build(args, kwargs), self._fallbacks)
+        built = self._build(args, kwargs)
+        for (piece, size), why in list(self._fallbacks.items()):
+            try:
+                built = _fallen_back(built, {(piece, size): why})
+            except ConfigError as error:
+                del self._fallbacks[piece, size]  # or no call would run any more
+                if not self._traces:
+                    self._traces.append(built)
+                    raise
+                log.warning("no longer falling back: %s", str(error).splitlines()[0])
         self._traces.append(built)
         return built
 

@@ -76,7 +76,14 @@ def with_eager_piece(made: Sequence[Specialised], piece: int, why: str, size: in
     """
     if size is not None:
         _refuse_undeclared(size, made[0].captured.dims)
-    return [_with_eager_one(one, piece, why, size) if size is None or _serves(one, size) else one for one in made]
+    serving = [one for one in made if size is None or _serves(one, size)]
+    most = max(len(one.split.pieces) for one in serving)
+    if not 0 <= piece < most:
+        raise ConfigError(f"there is no piece {piece}: the graph's pieces are 0..{most - 1}", where="fallback")
+    return [
+        _with_eager_one(one, piece, why, size) if one in serving and piece < len(one.split.pieces) else one
+        for one in made
+    ]
 
 
 def _refuse_undeclared(size: int, dims: tuple[DynamicDim, ...]) -> None:
@@ -93,10 +100,6 @@ def _serves(one: Specialised, size: int) -> bool:
 
 
 def _with_eager_one(one: Specialised, index: int, why: str, size: int | None) -> Specialised:
-    if index not in range(len(one.split.pieces)):
-        raise ConfigError(
-            f"there is no piece {index}: the graph's pieces are 0..{len(one.split.pieces) - 1}", where="fallback"
-        )
     regions = range(len(one.parts)) if size is None else [i for i, part in enumerate(one.parts) if part.has(size)][:1]
     replaced = CompiledPiece(eager.compile_piece(one.split.pieces[index]), "eager", "off", why, 0.0)
     pieces = list(one.pieces)
@@ -150,18 +153,19 @@ def _backend(one: Specialised, index: int) -> str:
 
 def _ranges(one: Specialised, index: int, several: bool) -> Iterator[RangeExplanation]:
     """The artifacts of a piece, each once with the sizes that it serves."""
-    shared = {id(pieces[index].call) for pieces in one.pieces}
-    for part, pieces in zip(one.parts, one.pieces, strict=True):
-        if id(pieces[index].call) not in shared:
-            continue
-        shared.discard(id(pieces[index].call))
-        serves_all = all(other[index].call is pieces[index].call for other in one.pieces)
-        predicate = one.region.predicate if serves_all else _both(one.region.predicate, part.condition(one.region))
-        lower, upper = _bounds(one, one.region if serves_all else part)
-        piece = pieces[index]
+    served: dict[int, list[int]] = {}
+    for number, pieces in enumerate(one.pieces):
+        served.setdefault(id(pieces[index].call), []).append(number)
+    for numbers in served.values():
+        parts = [one.region] if len(numbers) == len(one.parts) else [one.parts[number] for number in numbers]
+        conditions = [part.condition(one.region) for part in parts]
+        either = " or ".join(f"({one})" if len(parts) > 1 else f"{one}" for one in conditions)
+        predicate = _both(one.region.predicate, None if None in conditions else either)
+        bounds = [_bounds(one, part) for part in parts]
+        piece = one.pieces[numbers[0]][index]
         yield RangeExplanation(
-            min=lower,
-            max=upper,
+            min=min((least for least, _ in bounds if least is not None), default=None),
+            max=max((most for _, most in bounds if most is not None), default=None),
             predicate=predicate if several and predicate else None,
             key=piece.key,
             store=piece.store,

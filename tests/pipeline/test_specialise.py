@@ -200,7 +200,93 @@ def test_slots_are_the_same_tensors_for_the_same_size() -> None:
     slots["x"].copy_(torch.ones(5, 4))
     out = compiled(slots["x"], [slots["pairs[0]"]], torch.ones(1))
     assert torch.equal(out, torch.full((5,), 4.0))
+    for size in (True, 3.0, "3"):
+        with pytest.raises(ConfigError, match="no whole number"):
+            compiled.slots(size)
     with pytest.raises(ShapeOutOfRangeError, match="rows = 65"):
         compiled.slots(65)
     with pytest.raises(ConfigError, match="one size for each of rows"):
         compiled.slots(5, columns=3)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        lambda: torch.randn(4, 8)[:, :3],
+        lambda: torch.randn(4, 8)[:, ::2],
+        lambda: torch.randn(8, 3)[::2],
+        lambda: torch.randn(3, 4).t(),
+        lambda: torch.randn(2, 3, 4).permute(2, 0, 1),
+    ],
+    ids=["slice", "step", "rows", "transposed", "permuted"],
+)
+def test_slots_are_laid_out_as_the_contract_wants(example: Any) -> None:
+    compiled = onegraph.compile(
+        lambda x: x * 2, dynamic_shapes={"x": {0: Dim("rows", max=64)}}, config={"backend": "eager"}
+    )
+    x = example()
+    compiled(x)
+    for rows in (0, 1, 5, 64):
+        slots = compiled.slots(rows)
+        slots["x"].copy_(torch.ones(rows, *x.shape[1:]))
+        assert torch.equal(compiled(**slots), torch.full((rows, *x.shape[1:]), 2.0))
+
+
+def test_slots_follow_a_recapture_and_twins_are_one() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = 2
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x * self.scale + y
+
+    module, rows = Scaled(), Dim("rows", max=64)
+    compiled = onegraph.compile(module, dynamic_shapes={"x": {0: rows}, "y": {0: rows}}, config={"backend": "eager"})
+    x = torch.randn(3)
+    compiled(x, x)
+    slots = compiled.slots(4)
+    assert slots["x"] is slots["y"] and torch.equal(compiled(**slots), torch.zeros(4))
+    module.scale = 3
+    compiled(x.double(), torch.ones(3).double())
+    slots = compiled.slots(4)
+    assert slots["x"] is not slots["y"] and slots["x"].dtype is torch.float64
+    assert torch.equal(compiled(**slots), torch.zeros(4, dtype=torch.float64))
+    expanded = onegraph.compile(
+        lambda x: x + 1, dynamic_shapes={"x": {0: Dim("rows", max=64)}}, config={"backend": "eager"}
+    )
+    expanded(torch.ones(1, 3).expand(4, 3))
+    with pytest.raises(ConfigError, match="no slot for x, which was expanded"):
+        expanded.slots(4)
+
+
+def test_a_fallback_that_nothing_fits_is_told_once_and_forgotten() -> None:
+    compiled, tower = compiled_tower(backend="aot_eager")
+    compiled.fallback(piece=99)
+    with pytest.raises(ConfigError, match="there is no piece 99"):
+        check(compiled, tower, 3)
+    check(compiled, tower, 3)
+    for piece, size in ((True, None), (1.0, None), (1, "8"), (1, 8.0)):
+        with pytest.raises(ConfigError, match="no whole number"):
+            compiled.fallback(piece, size=size)  # type: ignore[arg-type]
+
+
+def test_a_range_that_cannot_be_made_is_told_and_served_by_what_is_shown() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(x, (0, x.shape[0])) * 2
+
+    config = {"backend": "aot_eager", "compile_sizes": [8], "compile_ranges": [3, 16]}
+    compiled = onegraph.compile(function, dynamic_shapes={"x": {0: Dim("n", max=32)}}, config=config)
+    check(compiled, function, 0, 3, 4, 8, 16, 17, 32)
+    ranges = compiled.explain().to_dict()["pieces"][0]["ranges"]
+    shown = {n for one in ranges for n in range(33) if eval(one["predicate"] or "True", {"n": n})}  # noqa: S307
+    assert shown == set(range(33))
+
+
+def test_a_predicate_that_divides_by_a_size_of_zero_is_false_there() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat(torch.sin(x).chunk(2)[::-1])
+
+    config = {"backend": "aot_eager", "on_constraint": "split", "dynamic_shapes": "backed"}
+    compiled = onegraph.compile(function, dynamic_shapes={"x": {0: Dim("n", max=32)}}, config=config)
+    check(compiled, function, 5, 0, 1, 2, 32)

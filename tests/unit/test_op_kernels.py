@@ -73,4 +73,4 @@ def test_kernels_that_another_builds_are_not_waited_for_until_they_are_needed(
         other.join(30)
     op_kernels.begin_op_kernels(target, store)
     assert list(op_kernels._begun) == ["cpu"]
-    assert op_kernels.install_op_kernels(target, store).is_installed and op_kernels._begun == {}
+    op_kernels._begun["cpu"].held.close()  # its build is ended; the process has its kernels already

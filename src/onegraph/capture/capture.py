@@ -26,6 +26,7 @@ from onegraph.capture.roots import Scope, as_written, rooted_expression, scope_o
 from onegraph.capture.runtime_asserts import drop_judged_asserts
 from onegraph.capture.signatures import call_signature, traced_function
 from onegraph.capture.size_dependent_views import size_dependent_views
+from onegraph.capture.sized_arguments import sized_arguments
 from onegraph.capture.state import reads_grad_mode, state_reads
 from onegraph.capture.state_check import evaluate
 from onegraph.capture.weights import lift_weights
@@ -166,7 +167,7 @@ def _captured_graph(
         fake_inputs=fake_inputs,
         fake_mode=raw.fake_mode,
         dims=inputs.dims,
-        sized=inputs.sized,
+        sized=tuple(sized_arguments(inputs, seen, symbols)),
         symbols=symbols,
         ledger=Ledger(
             inputs=contract.entries,

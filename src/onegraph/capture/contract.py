@@ -18,7 +18,7 @@ import torch
 
 from onegraph.capture.fast_contract import fast_path
 from onegraph.capture.inputs import KEYWORD_ARGUMENTS, POSITIONAL_ARGUMENTS, CallInputs, Container, Leaf, out_of_range
-from onegraph.capture.regions import PREDICATE_FUNCTIONS, predicate_code
+from onegraph.capture.regions import PREDICATE_FUNCTIONS, holds, predicate_code
 from onegraph.capture.state_check import differs
 from onegraph.errors import CaptureError, ConfigError, ConstraintError, InputContractError
 from onegraph.ir.dims import DynamicDim
@@ -30,7 +30,7 @@ _COMPARED = (enum.Enum, torch.Size, slice, range, frozenset, torch.layout, torch
 
 
 _GENERATED_NAMES = re.compile(
-    r"_[cnsx]\d+|_call\d+|_break|_differs|_outside|_uncovered|_grad_enabled|_no_gradients|_autocast_enabled"
+    r"_[cnsx]\d+|_call\d+|_holds\d+|_break|_differs|_outside|_uncovered|_grad_enabled|_no_gradients|_autocast_enabled"
     r"|_autocast_dtype|_Tensor|_Parameter|_type|_list|_len|_isinstance|_id|_kept|_now|_bad|_changed|_[kv][0-9a-f]{6,}"
 )
 _FAST = """    try: _kept = {}
@@ -128,7 +128,12 @@ def input_contract(
     def bind(calls: Sequence[tuple[str | None, Callable[..., Any]]]) -> Callable[..., Any]:
         chosen = []
         for index, (predicate, _) in enumerate(calls):
-            condition = "" if predicate is None else f"if {predicate_code(predicate, inputs.dims, sizes)}: "
+            condition = ""
+            if predicate is not None and re.search("[/%]|Mod|Div", predicate):  # by a size of 0, perhaps
+                code.names[f"_holds{index}"] = holds(predicate, inputs.dims)
+                condition = f"if _holds{index}(({', '.join(f'{size}' for size in sizes)},)): "
+            elif predicate is not None:
+                condition = f"if {predicate_code(predicate, inputs.dims, sizes)}: "
             chosen.append(f"    {condition}return _call{index}({call})")
         quick = [] if fast is None else [_FAST.format(fast), *(f"    {line}" for line in chosen)]
         refused = f"    _uncovered(({''.join(f'{size}, ' for size in sizes)}))"
@@ -291,7 +296,7 @@ def _check_layout(
         code.check(f"not {at}.is_contiguous()", at, path, "strides", "contiguous")
     elif isinstance(fake, torch.Tensor):
         strides = ", ".join(_stride_code(step, code.sizes, symbols, leaf) for step in fake.stride())
-        code.check(f"{at}.stride() != ({strides},)", at, path, "strides", f"({strides})")
+        code.check(f"{at}.stride() != ({strides},) and {at}.numel()", at, path, "strides", f"({strides})")
     alignment = required_alignment(value.element_size())
     if alignment > 1:
         code.check(f"{at}.data_ptr() % {alignment}", at, path, "alignment in bytes", alignment)

@@ -20,7 +20,7 @@ from onegraph.capture.dim_specs import child_spec, dim_items, is_static, specs_b
 from onegraph.capture.regions import PREDICATE_FUNCTIONS, UNBACKED, Sizing
 from onegraph.capture.signatures import CallSignature
 from onegraph.errors import CaptureError, ConfigError, ShapeOutOfRangeError
-from onegraph.ir.dims import DynamicDim, SizedArgument
+from onegraph.ir.dims import DynamicDim
 from onegraph.ir.region import canonical_hint
 from onegraph.torch_compat import dynamo
 
@@ -80,25 +80,6 @@ class CallInputs:
     leaves: tuple[Leaf, ...]
     containers: tuple[Container, ...]
     dims: tuple[DynamicDim, ...]
-
-    @property
-    def sized(self) -> tuple[SizedArgument, ...]:
-        """The tensors with declared dims."""
-        return tuple(
-            SizedArgument(
-                path=leaf.path,
-                shape=tuple(leaf.dims[i].name if i in leaf.dims else size for i, size in enumerate(leaf.value.shape)),
-                order=_by_stride(leaf.value),
-                dtype=leaf.value.dtype,
-                device=leaf.value.device,
-            )
-            for leaf in self.leaves
-            if leaf.dims
-        )
-
-
-def _by_stride(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim)))
 
 
 def read_call(

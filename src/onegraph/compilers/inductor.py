@@ -21,7 +21,7 @@ import torch
 from onegraph.compilers.wrapper import put_together, take_apart
 from onegraph.counters import counters
 from onegraph.errors import CompileError, OnegraphError
-from onegraph.ir.artifact import Artifact, OutputAlias, PieceCallable
+from onegraph.ir.artifact import Artifact, OutputAlias, OutputLayout, PieceCallable
 from onegraph.ir.key import Key
 from onegraph.ir.piece import Piece
 from onegraph.ir.target import Target
@@ -70,7 +70,8 @@ class Compilation:
             with _in_files(built) as paths:
                 output.link(self._target.load_kernels(paths))
             function = output.callable
-            return InProcess(lambda inputs: function(*inputs), output.not_portable, output.mutates_inputs)
+            call = _with_layouts(lambda inputs: function(*inputs), output.layouts)
+            return InProcess(call, output.not_portable, output.mutates_inputs)
         files = {WRAPPER: self._source.encode(), **built}
         if output.constants:
             buffer = io.BytesIO()
@@ -80,6 +81,7 @@ class Compilation:
             key=key or Key("", {}),
             files=files,
             aliases=output.aliases,
+            layouts=output.layouts,
             mutates_inputs=output.mutates_inputs,
             seconds=time.perf_counter() - self._started,
             facts={"num_kernels": self._num_kernels, "num_ops": self._num_ops},
@@ -114,14 +116,44 @@ def _in_files(contents: Mapping[str, bytes]) -> Iterator[dict[str, Path]]:
         yield paths
 
 
-def load_artifact(files: Mapping[str, Path], aliases: tuple[OutputAlias, ...], target: Target) -> PieceCallable:
-    """A callable made of an artifact's files alone. Runs no compiler. The files may go away afterwards."""
+def load_artifact(
+    files: Mapping[str, Path], aliases: tuple[OutputAlias, ...], layouts: tuple[OutputLayout, ...], target: Target
+) -> PieceCallable:
+    """A callable made of an artifact's files and facts alone. Runs no compiler. The files may go away afterwards."""
     constants: dict[str, Any] = {}
     if CONSTANTS in files:
         constants = torch.load(files[CONSTANTS], weights_only=True)
     path = files[WRAPPER]
     call = put_together(path, path.read_text(), target.load_kernels(files), constants)
+    call = _with_layouts(call, layouts)
     return _with_aliases(call, aliases) if aliases else call
+
+
+def _with_layouts(call: PieceCallable, layouts: tuple[OutputLayout, ...]) -> PieceCallable:
+    """Copies outputs that aren't laid out as the graph says, which its users rely on."""
+    contiguous = [one.output for one in layouts if list(one.order) == sorted(one.order)]
+    permuted = [
+        (one.output, one.order, [one.order.index(dim) for dim in range(len(one.order))])
+        for one in layouts
+        if one.output not in contiguous
+    ]
+    if not layouts:
+        return call
+
+    def run(inputs: list[Any]) -> Any:
+        outputs = call(inputs)
+        for index in contiguous:
+            if not outputs[index].is_contiguous():
+                outputs = list(outputs)
+                outputs[index] = outputs[index].contiguous()
+        for index, order, inverse in permuted:
+            dense = outputs[index].permute(order)
+            if not dense.is_contiguous():
+                outputs = list(outputs)
+                outputs[index] = dense.contiguous().permute(inverse)
+        return outputs
+
+    return run
 
 
 def _with_aliases(call: PieceCallable, aliases: tuple[OutputAlias, ...]) -> PieceCallable:

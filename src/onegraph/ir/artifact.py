@@ -26,17 +26,26 @@ class OutputAlias:
 
 
 @dataclass(frozen=True)
+class OutputLayout:
+    """An output whose memory must be dense, with its dims in this order: from the largest stride to the smallest."""
+
+    output: int
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Artifact:
     """What is stored under a key, whole: nothing that it needs lies outside `files`.
 
-    `files` maps names (`wrapper.py`, `kernels.so`) to contents; `constraints` are the conditions on sizes
-    that compiling added; `guards` is torch's own expression for them, for callers that keep their guards;
-    `seconds` is what compiling took.
+    `files` maps names (`wrapper.py`, `kernels.so`) to contents; `constraints` are the conditions on sizes that
+    compiling added; `layouts` are those of outputs that the compiler may lay out otherwise; `guards` is torch's own
+    expression for the conditions, for callers that keep their guards; `seconds` is what compiling took.
     """
 
     key: Key
     files: Mapping[str, bytes]
     aliases: tuple[OutputAlias, ...] = ()
+    layouts: tuple[OutputLayout, ...] = ()
     mutates_inputs: bool = False
     constraints: tuple[ShapeEntry, ...] = ()
     guards: str | None = None

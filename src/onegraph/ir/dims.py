@@ -27,13 +27,17 @@ class DynamicDim:
 
 @dataclass(frozen=True)
 class SizedArgument:
-    """A tensor argument with declared dims: `shape` has the name of a declared dim, or a number.
+    """A tensor argument with declared dims: numbers, and expressions over the dims' names.
 
-    `order` are the dims from the one with the largest stride to the one with the smallest.
+    `twin` is the path of an earlier argument that is the same tensor; `refused` is why nobody could fill in another
+    tensor laid out like the example.
     """
 
     path: str
-    shape: tuple[int | str, ...]
-    order: tuple[int, ...]
+    shape: tuple[str, ...]
+    strides: tuple[str, ...] | None
+    """None for a contiguous tensor."""
     dtype: torch.dtype
     device: torch.device
+    twin: str | None = None
+    refused: str | None = None

@@ -106,6 +106,12 @@ def _closed_ranges(dim: DynamicDim, ranges: Sequence[tuple[int, int] | int]) -> 
             where="compile_ranges",
             hint="give the ranges' last sizes, [8, 32], or each as a pair, [[1, 8], [9, 32]]",
         )
+    if any(not dim.min <= end <= dim.max for end in ends):
+        raise ConfigError(
+            f"compile_ranges has {next(end for end in ends if not dim.min <= end <= dim.max)}, and {dim.name} is "
+            f"declared as {dim.min}..{dim.max}",
+            where="compile_ranges",
+        )
     if ends:
         stops = sorted({*ends, dim.max})
         pairs = list(zip([dim.min, *(stop + 1 for stop in stops[:-1])], stops, strict=True))

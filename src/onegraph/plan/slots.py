@@ -15,7 +15,8 @@ def allocate_slots(
 ) -> dict[str, torch.Tensor]:
     """Zeros for each argument, by its path: of `size` in the first dim, and of `others` in the dims named there.
 
-    Raises ConfigError for a dim without a size and a size without a dim, ShapeOutOfRangeError.
+    Raises ConfigError for a dim without a size, a size without a dim, and an argument that can't be filled in place;
+    ShapeOutOfRangeError.
     """
     if not dims:
         raise ConfigError("there are no dynamic dims, so no size can be given", where="slots")
@@ -28,18 +29,30 @@ def allocate_slots(
             hint=f"slots({size}, {', '.join(f'{name}=…' for name in names[1:])})" if names[1:] else f"slots({size})",
         )
     for dim in dims:
-        if not dim.min <= sizes[dim.name] <= dim.max:
+        given = sizes[dim.name]
+        if isinstance(given, bool) or not isinstance(given, int):
+            raise ConfigError(f"{dim.name} = {given!r} is no whole number", where="slots")
+        if not dim.min <= given <= dim.max:
             raise ShapeOutOfRangeError(
-                f"{dim.name} = {sizes[dim.name]} is outside its declared range {dim.min}..{dim.max}", where="slots"
+                f"{dim.name} = {given} is outside its declared range {dim.min}..{dim.max}", where="slots"
             )
-    return {argument.path: _zeros(argument, sizes) for argument in arguments}
+    made: dict[str, torch.Tensor] = {}
+    for argument in arguments:
+        made[argument.path] = made[argument.twin] if argument.twin is not None else _zeros(argument, sizes)
+    return made
 
 
 def _zeros(argument: SizedArgument, sizes: Mapping[str, int]) -> torch.Tensor:
-    shape = [sizes[size] if isinstance(size, str) else size for size in argument.shape]
-    strides = [0] * len(shape)
-    step = 1
-    for index in reversed(argument.order):
-        strides[index] = step
-        step *= max(shape[index], 1)
-    return torch.empty_strided(shape, strides, dtype=argument.dtype, device=argument.device).zero_()
+    if argument.refused is not None:
+        raise ConfigError(f"there is no slot for {argument.path}, which {argument.refused}", where="slots")
+
+    def numbers(expressions: Sequence[str]) -> list[int]:
+        return [int(eval(one, {"Max": max}, dict(sizes))) for one in expressions]  # noqa: S307 - our own text
+
+    shape = numbers(argument.shape)
+    if argument.strides is None:
+        return torch.zeros(shape, dtype=argument.dtype, device=argument.device)
+    strides = numbers(argument.strides)
+    last = sum((length - 1) * step for length, step in zip(shape, strides, strict=True)) if all(shape) else -1
+    memory = torch.zeros(last + 1, dtype=argument.dtype, device=argument.device)
+    return memory.as_strided(shape, strides)

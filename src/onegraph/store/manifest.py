@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from onegraph.ir.artifact import Artifact, OutputAlias
+from onegraph.ir.artifact import Artifact, OutputAlias, OutputLayout
 from onegraph.ir.ledger import ShapeEntry
 
-FORMAT = 1
+FORMAT = 2
 
 
 class ManifestError(Exception):
@@ -35,6 +35,7 @@ class Manifest:
     seconds: float
     files: dict[str, FileRecord]
     aliases: tuple[OutputAlias, ...]
+    layouts: tuple[OutputLayout, ...]
     mutates_inputs: bool
     constraints: tuple[ShapeEntry, ...]
     guards: str | None
@@ -49,6 +50,7 @@ class Manifest:
             seconds=round(artifact.seconds, 3),
             files=files,
             aliases=artifact.aliases,
+            layouts=artifact.layouts,
             mutates_inputs=artifact.mutates_inputs,
             constraints=artifact.constraints,
             guards=artifact.guards,
@@ -67,6 +69,7 @@ class Manifest:
                 raise ManifestError("written by another version of onegraph")
             data["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
             data["aliases"] = tuple(OutputAlias(**alias) for alias in data["aliases"])
+            data["layouts"] = tuple(OutputLayout(one["output"], tuple(one["order"])) for one in data["layouts"])
             data["constraints"] = tuple(ShapeEntry(**entry) for entry in data["constraints"])
             return cls(**data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -17,12 +17,14 @@ import torch._functorch.config
 import torch._inductor.config
 from torch._functorch._aot_autograd.schemas import MutationType, OutputType
 from torch._inductor import async_compile, compile_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from onegraph.errors import ConfigError, nearest
-from onegraph.ir.artifact import OutputAlias
+from onegraph.ir.artifact import OutputAlias, OutputLayout
+from onegraph.ir.fx_nodes import value_of
 from onegraph.ir.target import KernelSource
 from onegraph.torch_compat.overlap import overlapping
-from onegraph.torch_compat.shapes import RawCondition, squeezed_sizes
+from onegraph.torch_compat.shapes import RawCondition, dense_order, squeezed_sizes
 from onegraph.torch_compat.toolchain import python_headers_not_needed
 
 _HOOKS = (
@@ -36,6 +38,8 @@ _HOOKS = (
 )
 
 _FIRST_PASS = "joint_custom_pre_pass"
+_FRESH = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
+"""Outputs with memory of their own."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class InductorOutput:
     """What Inductor made of a graph.
 
     `source` is the wrapper as Inductor wrote it; `kernels` are what it would have built; `constants` are
-    tensors that the wrapper reads by name; `aliases` are the outputs that share memory with an input;
+    tensors that the wrapper reads by name; `aliases` are the outputs that share memory with an input; `layouts` are
+    those of outputs that Inductor may lay out otherwise than the graph says;
     `conditions` are those on sizes that torch relies on and doesn't tell. With `not_portable` set, only `callable`
     is usable, after `link` gave it its built kernels by their names; the text says why.
     """
@@ -57,6 +62,7 @@ class InductorOutput:
     link: Callable[[Mapping[str, Any]], None] | None = None
     mutates_inputs: bool = True
     conditions: tuple[RawCondition, ...] = ()
+    layouts: tuple[OutputLayout, ...] = ()
 
 
 def compile_graph(
@@ -69,6 +75,7 @@ def compile_graph(
 
     Must run inside `dynamo.compile_scope`. The graph module is consumed. Raises what torch raises.
     """
+    results = [value_of(one) if isinstance(one, torch.fx.Node) else None for one in _outputs(graph_module.graph)]
     collected: list[KernelSource] = []
     unbuilt: dict[str, _Unbuilt] = {}
     graphs: list[Any] = []
@@ -107,7 +114,18 @@ def compile_graph(
             for name, kernel in unbuilt.items():
                 kernel.built = built[name]
 
-        return InductorOutput("", tuple(collected), {}, (), function, reason, link, mutates_inputs, tuple(conditions))
+        return InductorOutput(
+            "",
+            tuple(collected),
+            {},
+            (),
+            function,
+            reason,
+            link,
+            mutates_inputs,
+            tuple(conditions),
+            tuple(_layouts(metadata, results)),
+        )
     return InductorOutput(
         source=graphs[0].source_code,
         kernels=tuple(collected),
@@ -117,7 +135,20 @@ def compile_graph(
         not_portable=None,
         mutates_inputs=mutates_inputs,
         conditions=tuple(conditions),
+        layouts=tuple(_layouts(metadata, results)),
     )
+
+
+def _layouts(metadata: Any, results: list[Any]) -> Iterator[OutputLayout]:
+    """Inductor keeps the strides of outputs, but for those in which an unbacked size occurs (torch 2.13).
+
+    The next piece, an op between pieces and the caller rely on them as the graph says them.
+    """
+    infos = [] if metadata is None else metadata.output_info
+    for index, (info, value) in enumerate(zip(infos, results, strict=False)):
+        fresh = info.output_type in _FRESH and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        if fresh and free_unbacked_symbols(value.stride()) and (order := dense_order(value)) is not None:
+            yield OutputLayout(index, order)
 
 
 def _keep_outputs_apart(gm: torch.fx.GraphModule, memory: list[torch.fx.Node]) -> None:
@@ -202,10 +233,9 @@ def _why_not_portable(graphs: list[Any], metadata: Any, fake_inputs: list[Any], 
             return f"input {index} has its shape, strides or storage changed in place"
         if info.mutates_data and info.mutation_type != MutationType.MUTATED_IN_GRAPH:
             return f"input {index} is changed by AOTAutograd's wrapper, outside the graph"
-    plain = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
     aliasing = (OutputType.alias_of_input, OutputType.is_input)
     for index, info in enumerate(metadata.output_info):
-        if info.output_type not in plain + aliasing:
+        if info.output_type not in _FRESH + aliasing:
             return f"output {index} is {info.output_type.name} of another output"
         if info.requires_grad:
             return f"output {index} requires a gradient"

@@ -216,6 +216,32 @@ def _lengths(tensor: torch.Tensor) -> tuple[Any, ...]:
     return (*tensor.shape, *tensor.stride()) if tensor.layout == torch.strided else tuple(tensor.shape)
 
 
+def dense_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """The dims from the largest stride to the smallest, if the tensor has no gaps in that order whatever its sizes."""
+    sizes, strides = [expression(n, None) for n in tensor.shape], [expression(n, None) for n in tensor.stride()]
+    left, order, step = set(range(tensor.dim())), list[int](), sympy.Integer(1)
+    while left:
+        fits = [dim for dim in left if sizes[dim] == 1 or _same_size(strides[dim], step)]
+        if not fits:
+            return None
+        dim = max(fits, key=lambda dim: (sizes[dim] == 1, dim))
+        left.remove(dim)
+        order.append(dim)
+        step *= sizes[dim]
+    return tuple(reversed(order))
+
+
+def _same_size(stride: Any, step: Any) -> bool:
+    """Equal for all sizes from 1 on: for a size of 0 torch computes strides as for 1."""
+    without = stride.replace(lambda e: isinstance(e, sympy.Max | sympy_functions.Max), _without_one)
+    return bool(sympy.expand(without - step) == 0)
+
+
+def _without_one(maximum: Any) -> Any:
+    others = [one for one in maximum.args if one != 1]
+    return others[0] if len(others) == 1 else maximum
+
+
 def is_plain_symbol(value: Any) -> bool:
     """Whether the value is one symbol, and no expression of symbols."""
     return isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol)

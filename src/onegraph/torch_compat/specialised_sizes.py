@@ -13,6 +13,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -78,7 +79,7 @@ def specialised_graph(
             expr = old.replace(condition.expr).xreplace(values)
             if {str(symbol) for symbol in expr.free_symbols} <= ranges.keys():
                 env.guard_or_defer_runtime_assert(expr, "known of the whole range")
-        with torch.no_grad(), mode:
+        with torch.no_grad(), mode, enable_python_dispatcher():
             _Remembering(copy).run(*map(anew, fake_inputs))  # an operation may change an input's shape in place
     except Exception as error:
         raise NotSpecialisedError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
