@@ -133,7 +133,8 @@ def test_explain_prints_json_with_the_promised_keys() -> None:
     facts = json.loads(result.stdout)
     assert {"model", "config", "stages", "dims", "ledger", "pieces", "plan", "check"} <= set(facts)
     assert facts["config"]["backend"] == {"value": "eager", "why": "user"}
-    assert [piece["backend"] for piece in facts["pieces"]] == ["eager"]
+    assert {piece["backend"] for piece in facts["pieces"]} == {"eager"}
+    assert [piece["kind"] for piece in facts["pieces"]] == ["compiled", "splitting_op"] * 4 + ["compiled"]
     assert {stage["name"] for stage in facts["stages"]} >= {"capture"}
     assert all(stage["seconds"] >= 0 for stage in facts["stages"])
 

@@ -82,7 +82,8 @@ def specialised_graph(
         with torch.no_grad(), mode, enable_python_dispatcher():
             _Remembering(copy).run(*map(anew, fake_inputs))  # an operation may change an input's shape in place
     except Exception as error:
-        raise NotSpecialisedError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        told = (str(error).splitlines() or [""])[0]
+        raise NotSpecialisedError(f"{type(error).__name__}: {told}") from error
     return SpecialisedGraph(copy, tuple(map(anew, fake_inputs)), mode)
 
 
