@@ -56,14 +56,24 @@ class OpKernels:
         return () if self.is_installed else (f"attention is plain PyTorch, not the C++ kernel: {self.why}",)
 
 
-def begin_op_kernels(target: Target, store: Store | None) -> None:
+@contextlib.contextmanager
+def op_kernels_begun(target: Target, store: Store | None) -> Iterator[None]:
     """Has the kernels built beside the caller, so that `install_op_kernels` waits less; not while another process does.
 
-    Never raises CompileError.
+    A build that nobody has waited for is given up at the end, with the lock that other processes wait for. Never
+    raises CompileError.
     """
+    begun: _Installation | None = None
     with _LOCK, contextlib.suppress(_BuiltElsewhereError):
         if target.name not in _installed and target.name not in _begun:
-            _begun[target.name] = _Installation(target, store, before_waiting=_give_up)
+            begun = _begun[target.name] = _Installation(target, store, before_waiting=_give_up)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            if begun is not None and _begun.get(target.name) is begun:
+                del _begun[target.name]
+                begun.held.close()
 
 
 def install_op_kernels(target: Target, store: Store | None) -> OpKernels:

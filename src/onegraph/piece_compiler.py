@@ -177,21 +177,19 @@ class PieceCompiler:
     ) -> _Compiling | CompiledPiece:
         options = {**self.target.compiler_options(), **SAME_AS_EAGER, **self.config.inductor_compile_config}
         key = piece_key(piece, region, self.target, options)
-        held = contextlib.ExitStack()
-        if isinstance(key, Unkeyable):
-            why = f"can't be stored: {key.reason}"
-        elif self.store is None:
-            why = "the compile cache is off"
-        else:
-            held.enter_context(self.store.lock(key.digest, before_waiting=builds.finish_all))
-            hit = self._load(piece, key)
-            if hit is not None:
-                held.close()
-                counters.add("store_hits")
-                return replace(hit, seconds=time.perf_counter() - started)
-            counters.add("store_misses")
-            why = "no artifact has this key"
-        with held:
+        with contextlib.ExitStack() as held:
+            if isinstance(key, Unkeyable):
+                why = f"can't be stored: {key.reason}"
+            elif self.store is None:
+                why = "the compile cache is off"
+            else:
+                held.enter_context(self.store.lock(key.digest, before_waiting=builds.finish_all))
+                hit = self._load(piece, key)
+                if hit is not None:
+                    counters.add("store_hits")
+                    return replace(hit, seconds=time.perf_counter() - started)
+                counters.add("store_misses")
+                why = "no artifact has this key"
             compilation = inductor.Compilation(piece, self.target, options)
             held.callback(compilation.cancel)
             shape_env = piece.fake_mode.shape_env

@@ -67,10 +67,34 @@ def test_kernels_that_another_builds_are_not_waited_for_until_they_are_needed(
     other = threading.Thread(target=hold)
     other.start()
     assert held.wait(30)
-    op_kernels.begin_op_kernels(target, store)
-    assert op_kernels._begun == {}
+    with op_kernels.op_kernels_begun(target, store):
+        assert op_kernels._begun == {}
     with store.lock(key.digest, before_waiting=give_back.set):  # other locks are given back first, too
         other.join(30)
-    op_kernels.begin_op_kernels(target, store)
-    assert list(op_kernels._begun) == ["cpu"]
-    op_kernels._begun["cpu"].held.close()  # its build is ended; the process has its kernels already
+    with op_kernels.op_kernels_begun(target, store):
+        assert list(op_kernels._begun) == ["cpu"]
+
+
+def test_a_build_that_nobody_waits_for_gives_its_lock_back_from_any_thread(
+    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when what comes after it fails: another process would wait for as long as this one lives."""
+    monkeypatch.setattr(op_kernels, "_installed", {})
+    monkeypatch.setattr(op_kernels, "_begun", {})
+    target, store = CpuTarget(), Store(fresh_cache)
+    key = Key.of({"op_kernels": target.op_kernel_factors(), "target": target.name})
+
+    def wait(kind: type[BaseException] | None) -> None:
+        raise AssertionError(f"the lock is still held after {kind}")
+
+    with pytest.raises(CompileError), op_kernels.op_kernels_begun(target, store):
+        raise CompileError("capture failed, say")
+    with store.lock(key.digest, before_waiting=lambda: wait(CompileError)):
+        pass
+    with op_kernels.op_kernels_begun(target, store):
+        begun = op_kernels._begun.pop("cpu")  # as `install_op_kernels` takes it
+        thread = threading.Thread(target=begun.held.close)
+        thread.start()
+        thread.join()
+    with store.lock(key.digest, before_waiting=lambda: wait(None)):
+        pass

@@ -49,8 +49,9 @@ def fast_path(
     tensors = {id(leaf.value): leaf for leaf in reversed(leaves)}  # the first place of each
     firsts = [leaf for leaf in leaves if tensors[id(leaf.value)] is leaf]
     measured = {dim.name: leaf for leaf in reversed(firsts) for dim in leaf.dims.values()}  # the first of each dim
+    asked = {leaf.path for leaf in measured.values()}
     for leaf in firsts:  # C++ ends the process for a nested tensor; one that is asked for its shape raises
-        if leaf not in measured.values():
+        if leaf.path not in asked:
             conditions.append(f"not {local.assigned(leaf.code)}.is_nested")
     sizes = _sizes(measured, size_names, local)
     check = constant(_CheckBySizes(firsts, tuple(sizes), inputs.dims))

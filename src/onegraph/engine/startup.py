@@ -22,7 +22,7 @@ from onegraph.engine.limits import Limits, resolve_limits
 from onegraph.engine.text import Text
 from onegraph.explanation import Explanation
 from onegraph.models import BUILTIN_MODEL, LoadedModel, load_model
-from onegraph.op_kernels import OpKernels, begin_op_kernels, install_op_kernels
+from onegraph.op_kernels import OpKernels, install_op_kernels, op_kernels_begun
 from onegraph.targets import target_for
 
 WARM_UP_TOKENS = 16
@@ -64,9 +64,8 @@ def start_engine(config: EngineConfig) -> Started:
     layers = [LayerKV(model.kv.num_kv_heads, model.kv.head_dim, model.kv.dtype)] * model.kv.num_layers
     limits = resolve_limits(config, model_len=model.max_model_len, layers=layers)
     loaded = time.perf_counter()
-    with _bar("compile", 5) as progress:
-        target, store = target_for(api.device_type_of(model.module)), api.open_store()
-        begin_op_kernels(target, store)
+    target, store = target_for(api.device_type_of(model.module)), api.open_store()
+    with _bar("compile", 5) as progress, op_kernels_begun(target, store):
         compiled = api.compile(
             model.module,
             dynamic_shapes=model.module.dynamic_shapes(

@@ -112,7 +112,7 @@ class Store:
         path = self.root / "locks" / f"{digest}.lock"
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            held = FileLock(path)
+            held = FileLock(path, thread_local=False)  # another thread may give it back
             try:
                 held.acquire(blocking=False)
             except Timeout:

@@ -39,3 +39,9 @@ def test_a_cancelled_one_is_gone_with_what_it_was_given() -> None:
     assert run._process.poll() is not None
     assert not Path(run._folder.name).exists()
     run.cancel()
+
+
+def test_a_folder_that_takes_no_files_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(CompileError, match=r"the sources can't be written: .*nowhere(.|\n)*make room in"):
+        CompilerRun("int x;", (), "a test")

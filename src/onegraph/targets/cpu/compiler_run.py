@@ -21,13 +21,19 @@ class CompilerRun:
 
     def __init__(self, text: str, flags: Sequence[str], where: str) -> None:
         self._text, self._where = text, where
-        self._folder = tempfile.TemporaryDirectory(prefix="onegraph-build-")
-        folder = Path(self._folder.name)
-        (folder / SOURCE).write_text(text)
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="onegraph-build-")
+            folder = Path(self._folder.name)
+            (folder / SOURCE).write_text(text)
+            errors = (folder / _ERRORS).open("wb")  # a pipe that nobody reads would stop the compiler
+        except OSError as error:
+            raise CompileError(
+                f"the sources can't be written: {error}", where=where, hint=f"make room in {tempfile.gettempdir()}"
+            ) from error
         command, self._library = toolchain.compile_command([str(folder / SOURCE)], "kernels", folder)
         counters.add("gxx_runs")
         try:
-            with (folder / _ERRORS).open("wb") as errors:  # a pipe that nobody reads would stop it
+            with errors:
                 self._process = subprocess.Popen(
                     [*command, *flags], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, cwd=folder
                 )
