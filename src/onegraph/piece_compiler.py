@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from onegraph.compilers import aot_eager, eager, inductor
 from onegraph.compilers.graph_text import graph_text
@@ -29,7 +27,7 @@ from onegraph.ir.region import Region
 from onegraph.ir.target import Target
 from onegraph.log import get_logger
 from onegraph.op_kernels import install_op_kernels, uses_own_ops
-from onegraph.store.store import Store
+from onegraph.store.store import Store, outside_the_store
 from onegraph.torch_compat import shapes
 from onegraph.torch_compat.specialised_sizes import NotSpecialisedError, specialised_graph
 from onegraph.torch_compat.structured_trace import trace_text
@@ -252,10 +250,7 @@ class PieceCompiler:
                 return inductor.load_artifact(files, artifact.aliases, artifact.layouts, self.target), True
             except OSError as error:
                 log.warning("the artifact couldn't be kept in %s: %s", self.store.root, error)
-        with tempfile.TemporaryDirectory(prefix="onegraph-artifact-") as folder:
-            files = {name: Path(folder) / name for name in artifact.files}
-            for name, contents in artifact.files.items():
-                files[name].write_bytes(contents)
+        with outside_the_store(artifact.files) as files:
             return inductor.load_artifact(files, artifact.aliases, artifact.layouts, self.target), False
 
 
