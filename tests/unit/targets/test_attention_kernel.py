@@ -106,7 +106,7 @@ def drawn(seed: int) -> Case:
     sinks = rng.choice([None, torch.linspace(-3, 3, shared * group)])
     return make_case(
         [rng.choice(NEW_AND_OLD) for _ in range(rng.randint(1, 5))], seed=seed, shared=shared, group=group,
-        size=rng.choice([4, 16, 20, 64, 72, 80, 128, 256]), block=rng.choice([1, 4, 16, 32]),
+        size=rng.choice([4, 16, 20, 32, 64, 72, 80, 96, 128, 256]), block=rng.choice([1, 4, 16, 32]),
         sliding_window=window, logit_softcap=softcap, sinks=sinks,
     )  # fmt: skip
 
