@@ -8,7 +8,9 @@ from typing import Any
 from onegraph.capture.custom_ops import CustomOp
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import Ledger
+from onegraph.ir.plan import BufferPlan
 from onegraph.numerics.oracle import SizeCheck
+from onegraph.plan.buffers import buffer_lines
 
 _LISTED_STATE = 24
 """So many facts of Python state are listed in the text; a transformers model has over a thousand."""
@@ -85,6 +87,8 @@ class Explanation:
     pieces: tuple[PieceExplanation, ...] = ()
     plan_source: str = ""
     """The function that runs the pieces, as it was printed from the execution plan."""
+    buffers: BufferPlan | None = None
+    """The memory that intermediate values share; None where each piece allocates its own."""
     num_ops: int = 0
     custom_ops: tuple[CustomOp, ...] = ()
     notes: tuple[str, ...] = ()
@@ -98,6 +102,11 @@ class Explanation:
         if not compiled:
             return "eager"
         return "warm" if all(one.store == "hit" for piece in compiled for one in piece.ranges) else "cold"
+
+    @property
+    def plan_text(self) -> str:
+        """The function, with what lies where in the memory of a call."""
+        return "\n".join([self.plan_source, *(buffer_lines(self.buffers) if self.buffers else ())])
 
     @property
     def _state_checked(self) -> str:

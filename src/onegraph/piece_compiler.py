@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from onegraph.compilers import aot_eager, eager, inductor
+from onegraph.compilers import aot_eager, eager, inductor, own_ops
 from onegraph.compilers.graph_text import graph_text
 from onegraph.compilers.key import piece_key
 from onegraph.config.resolve import ResolvedConfig
@@ -163,7 +163,8 @@ class PieceCompiler:
     def _begin(self, piece: Piece, region: Region | None, builds: _Builds) -> _Compiling | CompiledPiece:
         started = time.perf_counter()
         if piece.kind == "splitting_op":
-            made = CompiledPiece(eager.compile_piece(piece), "eager", "off", "a splitting op runs as it is", 0.0)
+            call = own_ops.compile_piece(piece, self.target) or eager.compile_piece(piece)
+            made = CompiledPiece(call, "eager", "off", "a splitting op runs as it is", 0.0)
         elif piece.index in self.config.eager_pieces and self.config.backend != "eager":
             made = CompiledPiece(eager.compile_piece(piece), "eager", "off", "asked for by eager_pieces", 0.0)
         elif self.config.backend == "eager":

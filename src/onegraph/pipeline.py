@@ -34,7 +34,9 @@ from onegraph.ir.ledger import CheckedWhen, Ledger, ShapeEntry
 from onegraph.ir.region import Region, general_region
 from onegraph.ir.target import Target
 from onegraph.piece_compiler import PieceCompiler
-from onegraph.plan.function import failed_piece, plan_function, plan_source, region_finder
+from onegraph.plan.buffers import buffer_plan
+from onegraph.plan.function import failed_piece, function_source, plan_function, region_finder
+from onegraph.plan.memory import size_names
 from onegraph.plan.plan import plan_calls
 from onegraph.plan.slots import allocate_slots
 from onegraph.specialised import Specialised, explained_pieces, parts_of, with_eager_piece
@@ -186,8 +188,10 @@ def _specialise(
 
     with stages.stage("plan"):
         finder = region_finder([part.ranges[0][1:] for part in parts]) if len(parts) > 1 else None
-        run = plan_function(plan, [[piece.call for piece in compiled] for compiled in pieces], finder)
-        trace_text("execution_plan", lambda: plan_source(plan, len(parts)))
+        callables = [[piece.call for piece in compiled] for compiled in pieces]
+        sizes = size_names(plan, callables) if config.plan_memory else None
+        run = plan_function(plan, callables, finder, sizes)
+        trace_text("execution_plan", lambda: function_source(run))
 
     with stages.stage("bind"):
         foreign = custom_ops(captured.graph_module)
@@ -270,7 +274,10 @@ def _explain(
             ),
         ),
         pieces=explained_pieces(made),
-        plan_source=plan_source(first.plan, len(first.parts)),
+        plan_source=function_source(first.run),
+        buffers=buffer_plan(first.plan, [piece.call for piece in first.pieces[-1]], first.captured)
+        if config.plan_memory
+        else None,
         num_ops=first.captured.num_ops,
         custom_ops=tuple(op for one in made for op in one.custom_ops),
         notes=tuple(

@@ -68,6 +68,8 @@ ACCEPTED: list[tuple[str, Any]] = [
     ("on_state_change", "error"),
     ("freeze", False),
     ("freeze", True),
+    ("plan_memory", True),
+    ("plan_memory", False),
     ("compile_cache_save_format", "binary"),
     ("inductor_compile_config", {}),
     ("max_num_tokens", 64),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 from onegraph.cli.flags import Parser, add_model_flags, engine_config, llm_arguments, split_compilation_words
@@ -27,7 +28,11 @@ def main(words: list[str]) -> int:
         metavar="N",
         help="also compare compiled with eager and fp64 at N batch sizes; exit code 1 if a size is wrong",
     )
-    parser.add_argument("--plan", action="store_true", help="also print the function that runs the pieces")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="also print the function that runs the pieces, and the memory that it reuses",
+    )
     parser.add_argument("--json", action="store_true", help="print facts as JSON")
     parser.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
     options = parser.parse_known_words(rest)
@@ -38,7 +43,10 @@ def main(words: list[str]) -> int:
     llm = LLM(**llm_arguments(config))
     checks = llm.check(options.check) if options.check is not None else ()
     explanation = llm.explain()
-    facts = explanation.to_dict() | ({"plan_source": explanation.plan_source} if options.plan else {})
-    shown = f"{explanation}\n\n{explanation.plan_source}" if options.plan else str(explanation)
+    facts = explanation.to_dict()
+    if options.plan:
+        buffers = None if explanation.buffers is None else dataclasses.asdict(explanation.buffers)
+        facts |= {"plan_source": explanation.plan_source, "buffers": buffers}
+    shown = f"{explanation}\n\n{explanation.plan_text}" if options.plan else str(explanation)
     print(json.dumps(facts, indent=1) if options.json else shown)
     return 0 if all(check.ok for check in checks) else 1

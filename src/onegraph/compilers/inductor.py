@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from onegraph.compilers.wrapper import put_together, take_apart
+from onegraph.compilers.prepared import Prepared, prepare
+from onegraph.compilers.wrapper import execute, put_together, take_apart
 from onegraph.counters import counters
 from onegraph.errors import CompileError, OnegraphError
-from onegraph.ir.artifact import Artifact, OutputAlias, OutputLayout, PieceCallable
+from onegraph.ir.artifact import Artifact, OutputAlias, OutputLayout, PieceCallable, PieceCode, PreparedPiece
 from onegraph.ir.key import Key
 from onegraph.ir.piece import Piece
 from onegraph.ir.target import Target
@@ -124,9 +126,80 @@ def load_artifact(
     if CONSTANTS in files:
         constants = torch.load(files[CONSTANTS], weights_only=True)
     path = files[WRAPPER]
-    call = put_together(path, path.read_text(), target.load_kernels(files), constants)
-    call = _with_layouts(call, layouts)
-    return _with_aliases(call, aliases) if aliases else call
+    source = path.read_text()
+    namespace = put_together(path, source, target.load_kernels(files), constants)
+
+    def finished(call: PieceCallable, layouts: tuple[OutputLayout, ...]) -> PieceCallable:
+        call = _with_layouts(call, layouts)
+        return _with_aliases(call, aliases) if aliases else call
+
+    call = finished(namespace["call"], layouts)
+    prepared = prepare(source)
+    if prepared is None:
+        return call
+    execute(f"{path} prepared", prepared.source, namespace)
+    bind = functools.partial(_bound, prepared, namespace, layouts, finished)
+    return PieceCode(
+        call,
+        prepared.kept_inputs,
+        PreparedPiece(
+            sizes=prepared.sizes,
+            size_names=prepared.size_names,
+            scratch=prepared.scratch,
+            results=prepared.results,
+            outputs=tuple(None if shown is None else shown[0] for shown in prepared.outputs),
+            scratch_layouts=namespace["scratch_layouts"],
+            results_layouts=namespace["results_layouts"],
+            scratch_views=namespace["scratch"],
+            bind=bind,
+        ),
+    )
+
+
+def _bound(
+    prepared: Prepared,
+    functions: Mapping[str, Any],
+    layouts: tuple[OutputLayout, ...],
+    finished: Callable[[PieceCallable, tuple[OutputLayout, ...]], PieceCallable],
+    scratch: tuple[torch.Tensor, ...],
+    buffers: Sequence[torch.Tensor] | None,
+    sizes: tuple[int, ...],
+    checks: bool,
+) -> PieceCallable:
+    """As PreparedPiece.bind."""
+    run, results = functions["run"], functions["results"]
+    call: PieceCallable
+    if buffers is None:
+        call = _with_fresh_results(prepared, functions, scratch, sizes)
+    else:
+        views = results(buffers, *sizes)
+        call = functools.partial(run, scratch, views)
+        shown = {i: views[place[1]] for i, place in enumerate(prepared.outputs) if place is not None}
+        layouts = tuple(one for one in layouts if one.output not in shown or not _is_laid_out(shown[one.output], one))
+    call = finished(call, layouts)
+    if not checks:
+        return call
+    check = functions["check"]
+
+    def checked(inputs: list[Any]) -> Any:
+        check(inputs)
+        return call(inputs)
+
+    return checked
+
+
+def _with_fresh_results(
+    prepared: Prepared, functions: Mapping[str, Any], scratch: tuple[torch.Tensor, ...], sizes: tuple[int, ...]
+) -> PieceCallable:
+    run, results, allocate = functions["run"], functions["results"], functions["empty_strided_cpu"]
+    if not prepared.results:
+        return functools.partial(run, scratch, ())
+    layouts = functions["results_layouts"](*sizes)
+    return lambda inputs: run(scratch, results([allocate(*one) for one in layouts], *sizes), inputs)
+
+
+def _is_laid_out(tensor: torch.Tensor, layout: OutputLayout) -> bool:
+    return bool(tensor.permute(layout.order).is_contiguous())
 
 
 def _with_layouts(call: PieceCallable, layouts: tuple[OutputLayout, ...]) -> PieceCallable:

@@ -8,7 +8,8 @@ result runs without Inductor's compile workers and without a C++ compiler.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+import linecache
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,8 @@ def _replacement(node: ast.stmt, remaining: list[KernelSource], named: list[Kern
     return f"{name} = kernels[{name!r}]\n"
 
 
-def put_together(
-    path: Path, source: str, kernels: Mapping[str, Any], constants: Mapping[str, Any]
-) -> Callable[..., Any]:
-    """Executes the wrapper's text with its kernels and constants; gives its `call`, which takes one list.
+def put_together(path: Path, source: str, kernels: Mapping[str, Any], constants: Mapping[str, Any]) -> dict[str, Any]:
+    """Executes the wrapper's text with its kernels and constants; gives its names, of which `call` takes one list.
 
     `path` is the file that tracebacks and debuggers show.
     """
@@ -77,5 +76,11 @@ def put_together(
         **constants,
     }
     exec(compile(source, str(path), "exec"), namespace)  # noqa: S102 - an artifact is code, verified by the store
-    call: Callable[..., Any] = namespace["call"]
-    return call
+    return namespace
+
+
+def execute(name: str, source: str, namespace: dict[str, Any]) -> None:
+    """Executes further text among a wrapper's names; tracebacks and debuggers show it under `name`."""
+    filename = f"<{name}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    exec(compile(source, filename, "exec"), namespace)  # noqa: S102 - made of an artifact's own text

@@ -97,6 +97,11 @@ class CompilationConfig:
         "choice", "nothing", "when captured Python state has changed", ("recapture", "error")
     )
     freeze: bool | None = _field("bool", "nothing", "your promise that captured state never changes")
+    plan_memory: bool | None = _field(
+        "bool",
+        "nothing",
+        "intermediate values keep their places from call to call; false: each piece allocates, and checks its inputs",
+    )
     compile_cache_save_format: str | None = _field(
         "choice", "nothing", "how artifacts are kept in the compile cache", ("binary", "unpacked")
     )

@@ -58,6 +58,7 @@ class ResolvedConfig:
     on_constraint: str
     on_state_change: str
     freeze: bool
+    plan_memory: bool
     compile_cache_save_format: str
     inductor_compile_config: Mapping[str, Any]
     max_num_tokens: int
@@ -91,6 +92,7 @@ ALWAYS: Mapping[str, Any] = {
     "on_constraint": "error",
     "on_state_change": "recapture",
     "freeze": False,
+    "plan_memory": True,
     "compile_cache_save_format": "binary",
     "inductor_compile_config": {},
     "max_num_tokens": 8192,

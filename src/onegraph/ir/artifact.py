@@ -2,15 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from onegraph.ir.key import Key
 from onegraph.ir.ledger import ShapeEntry
 
 PieceCallable = Callable[[list[Any]], Any]
 """Takes a list of the piece's inputs, which it may empty; returns the outputs as a tuple or list."""
+
+
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+"""Size, stride and dtype of a buffer."""
+
+
+@dataclass(frozen=True)
+class SizeSource:
+    """Where a size comes from: one of a piece's inputs, and what is asked of it: nothing, or `.shape[0]`.
+
+    `input` None stands for a symbol of the captured graph's sizes, which `asked` names.
+    """
+
+    input: int | None
+    asked: str
+
+
+@dataclass(frozen=True)
+class BufferUse:
+    """A buffer of a piece in words, and the first and the last step of the piece's call that use it."""
+
+    name: str
+    layout: str
+    """`(u0, 64), (64, 1), torch.float32`, in the names of `PreparedPiece.size_names`."""
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedPiece:
+    """A compiled piece whose buffers, and all that follows from sizes alone, are made once for a size.
+
+    `scratch` are buffers whose use ends with the call, `results` those that outputs show; `scratch_layouts(*sizes)` and
+    `results_layouts(*sizes)` give what to allocate, in the same order.
+    """
+
+    sizes: tuple[SizeSource, ...]
+    size_names: tuple[str, ...]
+    scratch: tuple[BufferUse, ...]
+    results: tuple[BufferUse, ...]
+    outputs: tuple[int | None, ...]
+    """For each output the result that it shows; None for one that has memory of its own in every call."""
+    scratch_layouts: Callable[..., list[Layout]]
+    results_layouts: Callable[..., list[Layout]]
+    scratch_views: Callable[..., tuple[torch.Tensor, ...]]
+    """`scratch_views(buffers, *sizes)` gives what `bind` takes."""
+    bind: Callable[[tuple[torch.Tensor, ...], Sequence[torch.Tensor] | None, tuple[int, ...], bool], PieceCallable]
+    """`bind(scratch views, result buffers, sizes, checks)` gives the callable for these sizes.
+
+    Result buffers None are allocated in each call. With `checks` the layouts of inputs are compared, in each call, with
+    what the code was compiled for: AssertionError.
+    """
+
+
+@dataclass(frozen=True, eq=False)
+class PieceCode:
+    """A piece's callable that tells more about itself.
+
+    `kept_inputs` are those that it returns or shows in an output, or hands on to who may keep them: memory that will be
+    used again must not come in there. Its outputs are laid out as the graph says.
+    """
+
+    call: PieceCallable
+    kept_inputs: frozenset[int]
+    prepared: PreparedPiece | None = None
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        """Runs the piece by itself, in memory that is allocated for this call."""
+        return self.call(inputs)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -29,3 +30,34 @@ class ExecutionPlan:
     calls: tuple[PlanCall, ...]
     results: tuple[Any, ...]
     size: str | None = None
+    symbols: Mapping[str, str] = field(default_factory=dict)
+    """Symbol of a size (`u0`) -> an expression over the inputs for it."""
+
+
+@dataclass(frozen=True)
+class PlannedBuffer:
+    """Memory that is reused from call to call: the values that it holds, or a buffer inside of a piece's call.
+
+    `layout` is size, stride and dtype, with sizes as expressions over the plan's inputs; `first` and `last` are the
+    pieces between which it is used; `offset` is its place in the block, at the plan's example sizes.
+    """
+
+    names: tuple[str, ...]
+    layout: str
+    first: int
+    last: int
+    num_bytes: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class BufferPlan:
+    """The block of memory of one call: what lies where at example sizes, which are the largest that are declared.
+
+    `num_bytes` is the block's length there; `num_bytes_apart` what its buffers would take beside each other.
+    """
+
+    sizes: Mapping[str, int]
+    buffers: tuple[PlannedBuffer, ...]
+    num_bytes: int
+    num_bytes_apart: int

@@ -15,6 +15,8 @@ import torch
 
 LIBRARY = torch.library.Library("onegraph", "DEF")
 
+_implemented: dict[tuple[str, str], Callable[..., Any]] = {}
+
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Registers an op for all devices, with the function that stands for it while shapes are traced."""
@@ -27,6 +29,13 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 def implement(name: str, dispatch_key: str, implementation: Callable[..., Any]) -> None:
     """Puts a device's implementation before the one that `define` got; torch's dispatcher picks it by dispatch key.
 
-    For the process's life, and once for each op and key. While shapes are traced, the fake stands for it as before.
+    For the process's life, and once for each op and key. One with a result takes `out` too, memory that it may use for
+    the result, which the dispatcher never gives it. While shapes are traced, the fake stands for it as before.
     """
     LIBRARY.impl(name, implementation, dispatch_key)
+    _implemented[name, dispatch_key] = implementation
+
+
+def implementation(name: str, dispatch_key: str) -> Callable[..., Any] | None:
+    """What `implement` has put there: what the dispatcher calls for plain tensors of that device."""
+    return _implemented.get((name, dispatch_key))

@@ -8,6 +8,7 @@ steps through it.
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import linecache
 import re
@@ -17,17 +18,27 @@ from typing import Any
 
 from onegraph.ir.artifact import PieceCallable
 from onegraph.ir.plan import ExecutionPlan, PlanCall
+from onegraph.plan.memory import Block, StepMemory
 
 _FILENAME = "<onegraph plan "
 
 
-def plan_source(plan: ExecutionPlan, num_regions: int = 1) -> str:
-    """The function's text. `pieces[3]` is the callable of piece 3, in the region that has the call's size."""
+def plan_source(plan: ExecutionPlan, num_regions: int = 1, sizes: tuple[str, ...] | None = None) -> str:
+    """The function's text. `pieces[3]` is the callable of piece 3, in the region that has the call's size.
+
+    `sizes` are the inputs from which the places of intermediate values follow; None where each piece allocates.
+    """
     lines = [f"def run({', '.join(plan.inputs)}):"]
     region = "0" if num_regions == 1 else f"__region_of({plan.size})"
-    lines.append(f"    __pieces = __regions[{region}]")
+    if sizes is None:
+        lines.append(f"    __pieces = __regions[{region}]")
+    else:
+        lines.append("    __block = __memory.take()")
+        lines.append(f"    __pieces = __block.pieces({', '.join((region, *sizes))})")
     for call in plan.calls:
         lines += [f"    {line}" for line in _call_lines(call, set(plan.inputs))]
+    if sizes is not None:
+        lines.append("    __memory.give(__block)")
     results = ", ".join(one if isinstance(one, str) else repr(one) for one in plan.results)
     lines.append(f"    return ({results}{',' if len(plan.results) == 1 else ''})")
     return "\n".join(lines) + "\n"
@@ -53,15 +64,27 @@ def plan_function(
     plan: ExecutionPlan,
     regions: Sequence[Sequence[PieceCallable]],
     region_of: Callable[[int], int] | None = None,
+    sizes: tuple[str, ...] | None = None,
 ) -> Callable[..., Any]:
-    """The function that calls the pieces: those of `regions[region_of(size)]`, where there is more than one region."""
-    source = plan_source(plan, len(regions))
+    """The function that calls the pieces: those of `regions[region_of(size)]`, where there is more than one region.
+
+    `sizes` as for `plan_source`.
+    """
+    source = plan_source(plan, len(regions), sizes)
     filename = f"{_FILENAME} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    namespace: dict[str, Any] = {"__regions": [list(pieces) for pieces in regions], "__region_of": region_of}
+    pieces = [list(one) for one in regions]
+    namespace: dict[str, Any] = {"__regions": pieces, "__region_of": region_of}
+    if sizes is not None:
+        namespace["__memory"] = StepMemory(functools.partial(Block, plan, pieces, sizes))
     exec(compile(source, filename, "exec"), namespace)  # noqa: S102 - our own text
     function: Callable[..., Any] = namespace["run"]
     return function
+
+
+def function_source(function: Callable[..., Any]) -> str:
+    """The text of a function made by `plan_function`."""
+    return "".join(linecache.getlines(function.__code__.co_filename))
 
 
 def replace_piece(function: Callable[..., Any], region: int, index: int, call: PieceCallable) -> None:

@@ -5,6 +5,8 @@ Takes a SplitGraph. Gives an ExecutionPlan, which is data: the runtime is printe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from onegraph.ir.graph import FlatGraph
@@ -28,16 +30,24 @@ def plan_calls(split: SplitGraph) -> ExecutionPlan:
         comment = ", ".join(part for part in (piece.kind, piece.why or piece.module_path) if part)
         calls.append(PlanCall(piece.index, piece.inputs, piece.outputs, frees, comment))
     names = tuple(node.name for node in split.whole.graph_module.graph.find_nodes(op="placeholder"))
-    return ExecutionPlan(names, tuple(calls), split.results, _size(split.whole, names))
+    symbols = _symbols(split.whole, names)
+    return ExecutionPlan(names, tuple(calls), split.results, _size(split.whole, symbols), symbols)
 
 
-def _size(whole: FlatGraph, names: tuple[str, ...]) -> str | None:
-    """Where the inputs show the size of the first declared dim."""
-    first = {symbol for symbol, dim in whole.symbols.items() if whole.dims and dim == whole.dims[0].name}
-    found = []
+def _symbols(whole: FlatGraph, names: tuple[str, ...]) -> dict[str, str]:
+    """Where the inputs show the size that a symbol stands for: `u0`, or `x.shape[0]`."""
+    found: dict[str, str] = {}
     for name, value in zip(names, whole.fake_inputs, strict=True):
         lengths = value.shape if isinstance(value, torch.Tensor) else [value]
         for index, length in enumerate(lengths):
-            if shapes.is_plain_symbol(length) and shapes.symbol_names(length) <= first:
-                found.append(f"{name}.shape[{index}]" if isinstance(value, torch.Tensor) else name)
-    return min(found, key=len, default=None)
+            if shapes.is_plain_symbol(length):
+                (symbol,) = shapes.symbol_names(length)
+                shown = f"{name}.shape[{index}]" if isinstance(value, torch.Tensor) else name
+                found[symbol] = min(shown, found.get(symbol, shown), key=len)
+    return found
+
+
+def _size(whole: FlatGraph, symbols: Mapping[str, str]) -> str | None:
+    """The size of the first declared dim."""
+    first = {symbol for symbol, dim in whole.symbols.items() if whole.dims and dim == whole.dims[0].name}
+    return min((symbols[symbol] for symbol in first if symbol in symbols), key=len, default=None)

@@ -14,6 +14,7 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "WriteRefusedError",
+    "dispatcher_is_watched",
     "may_share",
     "named_arguments",
     "overload_for",
@@ -90,3 +91,8 @@ class refuse_writes(TorchDispatchMode):  # noqa: N801 - used as a context manage
 
 def _storage(tensor: torch.Tensor) -> int | None:
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None
+
+
+def dispatcher_is_watched() -> bool:
+    """Whether a profiler or a dispatch mode sees, or changes, what operators are called in this thread."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled())

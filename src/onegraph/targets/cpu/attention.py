@@ -32,7 +32,10 @@ def library_source() -> str:
 
 
 def implementations(library: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
-    """By op name; each is called with CPU tensors as its op's schema says."""
+    """By op name; each is called with CPU tensors as its op's schema says.
+
+    One with a result also takes `out`: contiguous memory of the result's shape and dtype, which it may use for it.
+    """
     attend, write = library["paged_attention"], library["write_kv_cache"]
 
     def paged_attention(
@@ -46,6 +49,7 @@ def implementations(library: Mapping[str, Any]) -> dict[str, Callable[..., Any]]
         sliding_window: int | None,
         logit_softcap: float | None,
         sinks: torch.Tensor | None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         dtype, strides, cache_shape = q.dtype, q.stride(), k_cache.shape
         if not (
@@ -75,7 +79,8 @@ def implementations(library: Mapping[str, Any]) -> dict[str, Callable[..., Any]]
                 logit_softcap,
                 sinks,
             )
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if out is None:
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
         attend(
             out,
             q,
@@ -110,7 +115,7 @@ def implementations(library: Mapping[str, Any]) -> dict[str, Callable[..., Any]]
         if not (
             k_cache.dtype is v_cache.dtype is k.dtype is v.dtype
             and k_strides[2] == v_strides[2] == 1
-            and k.shape == v.shape == (len(slot_mapping), *shape[2:])
+            and k.shape == v.shape == (slot_mapping.shape[0], *shape[2:])
             and v_cache.shape == shape
             and k_cache.is_contiguous()
             and v_cache.is_contiguous()

@@ -1,0 +1,252 @@
+"""The memory of one call: which intermediate values have a place in it, and the places for each size.
+
+Takes a plan and the pieces' callables. The places are worked out once for a size, from the sizes in bytes and from
+when each value begins and ends; the buffers, and all views of them, stay until other sizes push them out. All sizes
+share one block of memory, as large as the largest size that was called.
+
+What leaves the call has memory of its own: the plan's results, and what goes to code that may keep it (a splitting op
+that isn't onegraph's, a piece that runs op by op, or one that returns or shows what it is given). Calls at the same
+time, from several threads or from inside of a call, have a block each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from onegraph.ir.artifact import Layout, PieceCallable, PieceCode, PreparedPiece
+from onegraph.ir.plan import ExecutionPlan, PlanCall
+
+KEPT_SIZES = 64
+"""So many sizes keep their places and views; the one that was made first goes."""
+
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class PlacedResult:
+    """A buffer that outputs of one call show: `names` are its values, the last of which `last_call` uses."""
+
+    call: int
+    result: int
+    names: tuple[str, ...]
+    last_call: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Which calls take their memory from the block: `prepared` by index, `placed` those whose results have places too.
+
+    `checked` are calls that are given what wasn't made by a compiled piece, whose layout only looking at it tells.
+    """
+
+    prepared: dict[int, PreparedPiece]
+    placed: dict[int, tuple[PlacedResult, ...]]
+    checked: frozenset[int]
+
+
+def plan_memory(plan: ExecutionPlan, pieces: Sequence[PieceCallable]) -> MemoryPlan:
+    """What can have a place, for pieces that may be any callables."""
+    prepared: dict[int, PreparedPiece] = {}
+    for index, (call, piece) in enumerate(zip(plan.calls, pieces, strict=True)):
+        found = piece.prepared if isinstance(piece, PieceCode) else None
+        if found is not None and None not in sizes_of(plan, call, found):
+            prepared[index] = found
+    kept = {name for name in plan.results if isinstance(name, str)}
+    last_use: dict[str, int] = {}
+    unproven: set[str] = set()
+    checked: set[int] = set()
+    for index, (call, piece) in enumerate(zip(plan.calls, pieces, strict=True)):
+        for position, name in enumerate(call.inputs):
+            last_use[name] = index
+            if not isinstance(piece, PieceCode) or position in piece.kept_inputs:
+                kept.add(name)
+        if unproven & set(call.inputs):
+            checked.add(index)
+        if not isinstance(piece, PieceCode):
+            unproven |= set(call.outputs)
+    placed = {}
+    for index, one in prepared.items():
+        results = tuple(_results(plan.calls[index], index, one, last_use))
+        if not any(name in kept for result in results for name in result.names):
+            placed[index] = results
+    return MemoryPlan(prepared, placed, frozenset(checked))
+
+
+def _results(call: PlanCall, index: int, piece: PreparedPiece, last_use: dict[str, int]) -> Iterator[PlacedResult]:
+    for number in range(len(piece.results)):
+        names = tuple(name for name, shown in zip(call.outputs, piece.outputs, strict=True) if shown == number)
+        yield PlacedResult(index, number, names, max((last_use.get(name, index) for name in names), default=index))
+
+
+def places(buffers: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
+    """Offsets for buffers given as (bytes, first use, last use), in order of first use, and the bytes of all.
+
+    Buffers in use at the same time don't overlap; each gets the lowest place that is free.
+    """
+    offsets: list[int] = []
+    held: list[tuple[int, int, int]] = []  # offset, end, last use
+    most = 0
+    for size, first, last in buffers:
+        held = [one for one in held if one[2] >= first]
+        offset = 0
+        for start, end, _ in sorted(held):
+            if start - offset >= size:
+                break
+            offset = max(offset, end)
+        end = offset + -(-size // ALIGNMENT) * ALIGNMENT
+        held.append((offset, end, last))
+        offsets.append(offset)
+        most = max(most, end)
+    return offsets, most
+
+
+def num_bytes(layout: Layout) -> int:
+    """What a buffer takes up."""
+    size, stride, dtype = layout
+    if 0 in size:
+        return 0
+    last = sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    return (last + 1) * int(dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where everything lies for one choice of sizes: offsets in a block of `num_bytes`.
+
+    Scratch of all pieces begins at 0, since one piece runs at a time; behind it lie results.
+    """
+
+    values: dict[int, tuple[int, ...]]
+    """The sizes of each prepared call."""
+    scratch: dict[tuple[PreparedPiece, tuple[int, ...]], list[tuple[int, Layout]]]
+    results: list[tuple[PlacedResult, int, Layout]]
+    num_bytes: int
+    num_bytes_apart: int
+    """What buffers of their own would take, one for each result and for each piece's scratch."""
+
+
+def place(plan: ExecutionPlan, memory: MemoryPlan, sizes: Mapping[str, int]) -> Places:
+    """The places for these values of the expressions in `size_names`."""
+    prepared = memory.prepared
+    values = {
+        i: tuple(sizes[str(one)] for one in sizes_of(plan, plan.calls[i], piece)) for i, piece in prepared.items()
+    }
+    scratch: dict[tuple[PreparedPiece, tuple[int, ...]], list[tuple[int, Layout]]] = {}
+    begin = apart = 0
+    for index, piece in prepared.items():
+        if (piece, values[index]) not in scratch:
+            layouts = piece.scratch_layouts(*values[index])
+            lengths = [num_bytes(one) for one in layouts]
+            used = [(length, use.first, use.last) for length, use in zip(lengths, piece.scratch, strict=True)]
+            offsets, most = places(used)
+            scratch[piece, values[index]] = list(zip(offsets, layouts, strict=True))
+            begin, apart = max(begin, most), apart + sum(lengths)
+    results = [result for group in memory.placed.values() for result in group]
+    layouts = [prepared[one.call].results_layouts(*values[one.call])[one.result] for one in results]
+    lengths = [num_bytes(one) for one in layouts]
+    used = [(length, one.call, one.last_call) for length, one in zip(lengths, results, strict=True)]
+    offsets, most = places(used)
+    placed = [(one, begin + at, layout) for one, at, layout in zip(results, offsets, layouts, strict=True)]
+    return Places(values, scratch, placed, begin + most, apart + sum(lengths))
+
+
+@dataclass
+class _Bound:
+    """The callables of a plan for one region and size, and the pieces that they were made of."""
+
+    made_of: list[PieceCallable]
+    pieces: list[PieceCallable]
+
+
+class Block:
+    """The memory of one call at a time, with what was made of it for each size."""
+
+    def __init__(self, plan: ExecutionPlan, regions: Sequence[list[PieceCallable]], names: tuple[str, ...]) -> None:
+        self._plan = plan
+        self._regions = regions
+        self._names = names
+        self._storage: torch.UntypedStorage | None = None
+        self._bound: dict[tuple[int, ...], _Bound] = {}
+
+    def pieces(self, region: int, *sizes: int) -> list[PieceCallable]:
+        """The callables of the region's pieces, for these values of the sizes' names."""
+        made_of = self._regions[region]
+        bound = self._bound.get((region, *sizes))
+        if bound is None or bound.made_of != made_of:  # a piece has fallen back since
+            bound = _Bound(list(made_of), self._bind(made_of, dict(zip(self._names, sizes, strict=True))))
+            self._bound[(region, *sizes)] = bound
+            if len(self._bound) > KEPT_SIZES:
+                del self._bound[next(iter(self._bound))]
+        return bound.pieces
+
+    def _bind(self, pieces: list[PieceCallable], sizes: dict[str, int]) -> list[PieceCallable]:
+        memory = plan_memory(self._plan, pieces)
+        found = place(self._plan, memory, sizes)
+        storage = self._storage_of(found.num_bytes)
+        with torch.inference_mode(False), torch.no_grad():
+            scratch = {
+                (piece, values): piece.scratch_views([_tensor(storage, *one) for one in buffers], *values)
+                for (piece, values), buffers in found.scratch.items()
+            }
+            results: dict[int, list[torch.Tensor]] = {index: [] for index in memory.placed}
+            for result, offset, layout in found.results:
+                results[result.call].append(_tensor(storage, offset, layout))
+            bound = list(pieces)
+            for index, piece in memory.prepared.items():
+                values = found.values[index]
+                checks = index in memory.checked
+                bound[index] = piece.bind(scratch[piece, values], results.get(index), values, checks)
+        return bound
+
+    def _storage_of(self, size: int) -> torch.UntypedStorage:
+        """At least so many bytes. What was made of a smaller block is forgotten."""
+        if self._storage is None or self._storage.nbytes() < size:
+            self._bound.clear()
+            self._storage = torch.empty(size, dtype=torch.uint8).untyped_storage()
+        return self._storage
+
+
+def _tensor(storage: torch.UntypedStorage, offset: int, layout: Layout) -> torch.Tensor:
+    size, stride, dtype = layout
+    return torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, size, stride)
+
+
+@dataclass
+class StepMemory:
+    """Blocks for calls of one plan. A call takes one and gives it back; one that raises doesn't, and it is freed."""
+
+    new: Callable[[], Block]
+    free: list[Block] = field(default_factory=list)
+
+    def take(self) -> Block:
+        """A block that no other call has."""
+        try:
+            return self.free.pop()
+        except IndexError:
+            return self.new()
+
+    def give(self, block: Block) -> None:
+        """The next call may have the block."""
+        self.free.append(block)
+
+
+def size_names(plan: ExecutionPlan, regions: Sequence[Sequence[Any]]) -> tuple[str, ...] | None:
+    """The plan's inputs from which the sizes of all buffers follow; None where no piece has buffers to plan."""
+    plans = [plan_memory(plan, pieces) for pieces in regions]
+    if not any(memory.prepared for memory in plans):
+        return None
+    calls = [(plan.calls[index], piece) for memory in plans for index, piece in memory.prepared.items()]
+    return tuple(dict.fromkeys(str(size) for call, piece in calls for size in sizes_of(plan, call, piece)))
+
+
+def sizes_of(plan: ExecutionPlan, call: PlanCall, piece: PreparedPiece) -> list[str | None]:
+    """The sizes of a piece, as expressions over the plan's inputs; None for one that only a piece's result shows."""
+    given = [None if source.input is None else call.inputs[source.input] for source in piece.sizes]
+    return [
+        plan.symbols.get(source.asked) if name is None else f"{name}{source.asked}" if name in plan.inputs else None
+        for name, source in zip(given, piece.sizes, strict=True)
+    ]
