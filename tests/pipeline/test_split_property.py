@@ -2,7 +2,7 @@
 
 Each case is a drawn program with splitting ops drawn from what it calls, and where it is compiled with sizes and
 ranges that get artifacts of their own. Split and eager see the same arguments and
-random streams; results, changed arguments and what shares memory with what must be equal at several sizes.
+random streams; results, changed arguments and what shares memory with what must be equal at several sizes, and stay so.
 """
 
 import importlib.util
@@ -86,12 +86,16 @@ def check_case(seed: int, folder: Path, backend: str) -> tuple[list[str], int]:
         config["compile_sizes"] = [random.choice([1, 5])]
     split = onegraph.compile(program, dynamic_shapes=ROWS, config=config)
     exact = {"rtol": 0, "atol": 0} if backend == "eager" else {"rtol": 1e-4, "atol": 1e-5}
-    for rows in (5, 1, 2, 64):
+    earlier: list[tuple[Any, Any]] = []
+    for rows in (5, 1, 2, 64, 5):
         (found, after), (expected, eager_after) = ran(split, rows), ran(program, rows)
         assert [type(one) for one in found] == [type(one) for one in expected]
         told = f"seed {seed}, {config}, {rows} rows\n{draw_program(seed)[0]}"
         torch.testing.assert_close(after, eager_after, **exact, msg=lambda text, told=told: f"{text}\n{told}")
         assert sharing(after) == sharing(eager_after), told
+        earlier.append((after, [tensor.clone() for tensor in after]))
+    for kept, then in earlier:  # no call has written into what an earlier one gave
+        torch.testing.assert_close(kept, then, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{text}\n{told}")
     return used, len(split.explain().pieces)
 
 

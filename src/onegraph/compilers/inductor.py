@@ -162,15 +162,21 @@ def _bound(
     layouts: tuple[OutputLayout, ...],
     finished: Callable[[PieceCallable, tuple[OutputLayout, ...]], PieceCallable],
     scratch: tuple[torch.Tensor, ...],
-    buffers: Sequence[torch.Tensor] | None,
+    buffers: Sequence[torch.Tensor | None],
     sizes: tuple[int, ...],
     checks: bool,
 ) -> PieceCallable:
     """As PreparedPiece.bind."""
     run, results = functions["run"], functions["results"]
     call: PieceCallable
-    if buffers is None:
-        call = _with_fresh_results(prepared, functions, scratch, sizes)
+    if any(buffer is None for buffer in buffers):
+        allocate, given = functions["empty_strided_cpu"], functions["results_layouts"](*sizes)
+        pairs = list(zip(buffers, given, strict=True))
+
+        def call(inputs: list[Any]) -> Any:
+            made = [allocate(*layout) if buffer is None else buffer for buffer, layout in pairs]
+            return run(scratch, results(made, *sizes), inputs)
+
     else:
         views = results(buffers, *sizes)
         call = functools.partial(run, scratch, views)
@@ -182,20 +188,10 @@ def _bound(
     check = functions["check"]
 
     def checked(inputs: list[Any]) -> Any:
-        check(inputs)
+        check(inputs, *sizes)
         return call(inputs)
 
     return checked
-
-
-def _with_fresh_results(
-    prepared: Prepared, functions: Mapping[str, Any], scratch: tuple[torch.Tensor, ...], sizes: tuple[int, ...]
-) -> PieceCallable:
-    run, results, allocate = functions["run"], functions["results"], functions["empty_strided_cpu"]
-    if not prepared.results:
-        return functools.partial(run, scratch, ())
-    layouts = functions["results_layouts"](*sizes)
-    return lambda inputs: run(scratch, results([allocate(*one) for one in layouts], *sizes), inputs)
 
 
 def _is_laid_out(tensor: torch.Tensor, layout: OutputLayout) -> bool:

@@ -45,8 +45,8 @@ def compile_piece(piece: Piece, target: Target) -> PieceCode | None:
     namespace: dict[str, Any] = {**functions, "__dispatched": dispatched, "__is_watched": dispatcher_is_watched}
     execute("onegraph ops", _source(piece.graph_module.graph, ops, results), namespace)
     run = namespace["run"]
-    nowhere = (None,) * len(results)
-    return PieceCode(functools.partial(run, nowhere), frozenset(), _prepared(output, ops, results, run, nowhere))
+    alone = functools.partial(run, (None,) * len(results))
+    return PieceCode(alone, frozenset(), _prepared(output, ops, results, run))
 
 
 def _source(graph: torch.fx.Graph, ops: dict[Node, str | None], results: list[Node]) -> str:
@@ -71,7 +71,6 @@ def _prepared(
     ops: dict[Node, str | None],
     results: list[Node],
     run: Callable[..., Any],
-    nowhere: tuple[None, ...],
 ) -> PreparedPiece | None:
     """None where a result's size is no plain size of the graph."""
     values = [value_of(node) for node in results]
@@ -83,8 +82,8 @@ def _prepared(
         known = dict(zip(symbols, sizes, strict=True))
         return [_contiguous([known.get(str(size), size) for size in value.shape], value.dtype) for value in values]
 
-    def bind(scratch: Any, buffers: Sequence[torch.Tensor] | None, sizes: Any, checks: bool) -> PieceCallable:
-        return functools.partial(run, nowhere if buffers is None else tuple(buffers))
+    def bind(scratch: Any, buffers: Sequence[torch.Tensor | None], sizes: Any, checks: bool) -> PieceCallable:
+        return functools.partial(run, tuple(buffers))
 
     shown = [results.index(one if ops[one] else one.args[0]) for one in output.all_input_nodes]  # type: ignore[arg-type]
     return PreparedPiece(

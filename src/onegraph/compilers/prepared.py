@@ -4,7 +4,7 @@ Takes the wrapper's text. Gives the text of functions that stand in the same mod
 
 - `scratch_layouts(sizes)`, `results_layouts(sizes)`: the buffers that the piece needs, as (size, stride, dtype);
 - `scratch(buffers, sizes)`, `results(buffers, sizes)`: those buffers and all views of them that a call uses;
-- `check(args)`: Inductor's checks of what it is given;
+- `check(args, sizes)`: Inductor's checks of what it is given;
 - `run(scratch, results, args)`: the kernels' calls. It allocates nothing, but where an op gives new memory itself.
 
 Which buffers can be reused between calls is read from the text: one that goes to anything but a kernel, which neither
@@ -63,7 +63,8 @@ def prepare(source: str) -> Prepared | None:
     """None for a wrapper in a form that this version doesn't know."""
     tree = ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "call"]
-    if len(functions) != 1 or not isinstance(functions[0].body[-1], ast.Return):
+    returned = functions[0].body[-1] if len(functions) == 1 else None
+    if not isinstance(returned, ast.Return) or not isinstance(returned.value, ast.Tuple):
         return None
     kernels = {
         target.id
@@ -269,8 +270,7 @@ class _Printer(ast.NodeTransformer):
                 *_indented([*computed, *([f"{taken} = buffers"] if buffers else []), *lines, f"return {given}"]),
             ]
         inputs = _tuple(known.inputs or [])
-        defined = [f"{name} = args[{index}]{asked}" for name, (index, asked) in known.size_sources.items()]
-        text += ["def check(args):", *_indented([f"{inputs} = args", *defined, *computed, *checks])]
+        text += [f"def check(args{sizes}):", *_indented([f"{inputs} = args", *computed, *checks])]
         body = []
         for statement in rest:
             body += ast.unparse(ast.fix_missing_locations(statement)).splitlines()

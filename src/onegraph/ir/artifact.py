@@ -59,10 +59,10 @@ class PreparedPiece:
     results_layouts: Callable[..., list[Layout]]
     scratch_views: Callable[..., tuple[torch.Tensor, ...]]
     """`scratch_views(buffers, *sizes)` gives what `bind` takes."""
-    bind: Callable[[tuple[torch.Tensor, ...], Sequence[torch.Tensor] | None, tuple[int, ...], bool], PieceCallable]
+    bind: Callable[[tuple[torch.Tensor, ...], Sequence[torch.Tensor | None], tuple[int, ...], bool], PieceCallable]
     """`bind(scratch views, result buffers, sizes, checks)` gives the callable for these sizes.
 
-    Result buffers None are allocated in each call. With `checks` the layouts of inputs are compared, in each call, with
+    A result buffer None is allocated in each call. With `checks` the layouts of inputs are compared, in each call, with
     what the code was compiled for: AssertionError.
     """
 

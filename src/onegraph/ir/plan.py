@@ -16,6 +16,8 @@ class PlanCall:
     outputs: tuple[str, ...]
     frees: tuple[str, ...]
     comment: str = ""
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    """What the inputs show of sizes that follow from the plan's inputs: `2.shape[0]` -> an expression over those."""
 
 
 @dataclass(frozen=True)

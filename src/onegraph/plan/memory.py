@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from onegraph.ir.artifact import Layout, PieceCallable, PieceCode, PreparedPiece
+from onegraph.ir.artifact import Layout, PieceCallable, PieceCode, PreparedPiece, SizeSource
 from onegraph.ir.plan import ExecutionPlan, PlanCall
 
 KEPT_SIZES = 64
@@ -38,13 +38,13 @@ class PlacedResult:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Which calls take their memory from the block: `prepared` by index, `placed` those whose results have places too.
+    """Which calls take their scratch from the block, by index, and which of their results have places there too.
 
     `checked` are calls that are given what wasn't made by a compiled piece, whose layout only looking at it tells.
     """
 
     prepared: dict[int, PreparedPiece]
-    placed: dict[int, tuple[PlacedResult, ...]]
+    placed: tuple[PlacedResult, ...]
     checked: frozenset[int]
 
 
@@ -68,11 +68,8 @@ def plan_memory(plan: ExecutionPlan, pieces: Sequence[PieceCallable]) -> MemoryP
             checked.add(index)
         if not isinstance(piece, PieceCode):
             unproven |= set(call.outputs)
-    placed = {}
-    for index, one in prepared.items():
-        results = tuple(_results(plan.calls[index], index, one, last_use))
-        if not any(name in kept for result in results for name in result.names):
-            placed[index] = results
+    results = (one for index, piece in prepared.items() for one in _results(plan.calls[index], index, piece, last_use))
+    placed = tuple(one for one in results if not kept.intersection(one.names))
     return MemoryPlan(prepared, placed, frozenset(checked))
 
 
@@ -145,8 +142,9 @@ def place(plan: ExecutionPlan, memory: MemoryPlan, sizes: Mapping[str, int]) -> 
             offsets, most = places(used)
             scratch[piece, values[index]] = list(zip(offsets, layouts, strict=True))
             begin, apart = max(begin, most), apart + sum(lengths)
-    results = [result for group in memory.placed.values() for result in group]
-    layouts = [prepared[one.call].results_layouts(*values[one.call])[one.result] for one in results]
+    results = memory.placed
+    of_calls = {index: prepared[index].results_layouts(*values[index]) for index in {one.call for one in results}}
+    layouts = [of_calls[one.call][one.result] for one in results]
     lengths = [num_bytes(one) for one in layouts]
     used = [(length, one.call, one.last_call) for length, one in zip(lengths, results, strict=True)]
     offsets, most = places(used)
@@ -192,14 +190,16 @@ class Block:
                 (piece, values): piece.scratch_views([_tensor(storage, *one) for one in buffers], *values)
                 for (piece, values), buffers in found.scratch.items()
             }
-            results: dict[int, list[torch.Tensor]] = {index: [] for index in memory.placed}
+            results: dict[int, list[torch.Tensor | None]] = {
+                index: [None] * len(piece.results) for index, piece in memory.prepared.items()
+            }
             for result, offset, layout in found.results:
-                results[result.call].append(_tensor(storage, offset, layout))
+                results[result.call][result.result] = _tensor(storage, offset, layout)
             bound = list(pieces)
             for index, piece in memory.prepared.items():
                 values = found.values[index]
                 checks = index in memory.checked
-                bound[index] = piece.bind(scratch[piece, values], results.get(index), values, checks)
+                bound[index] = piece.bind(scratch[piece, values], results[index], values, checks)
         return bound
 
     def _storage_of(self, size: int) -> torch.UntypedStorage:
@@ -245,8 +245,11 @@ def size_names(plan: ExecutionPlan, regions: Sequence[Sequence[Any]]) -> tuple[s
 
 def sizes_of(plan: ExecutionPlan, call: PlanCall, piece: PreparedPiece) -> list[str | None]:
     """The sizes of a piece, as expressions over the plan's inputs; None for one that only a piece's result shows."""
-    given = [None if source.input is None else call.inputs[source.input] for source in piece.sizes]
-    return [
-        plan.symbols.get(source.asked) if name is None else f"{name}{source.asked}" if name in plan.inputs else None
-        for name, source in zip(given, piece.sizes, strict=True)
-    ]
+    return [_size_of(plan, call, source) for source in piece.sizes]
+
+
+def _size_of(plan: ExecutionPlan, call: PlanCall, source: SizeSource) -> str | None:
+    if source.input is None:
+        return plan.symbols.get(source.asked)
+    name = call.inputs[source.input]
+    return call.sizes.get(f"{source.input}{source.asked}", f"{name}{source.asked}" if name in plan.inputs else None)

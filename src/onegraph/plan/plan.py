@@ -5,18 +5,20 @@ Takes a SplitGraph. Gives an ExecutionPlan, which is data: the runtime is printe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from onegraph.ir.graph import FlatGraph
-from onegraph.ir.piece import SplitGraph
+from onegraph.ir.piece import Piece, SplitGraph
 from onegraph.ir.plan import ExecutionPlan, PlanCall
 from onegraph.torch_compat import shapes
 
 
 def plan_calls(split: SplitGraph) -> ExecutionPlan:
     """One call for each piece; a value ends with the last call that uses it, unless it is a result."""
+    names = tuple(node.name for node in split.whole.graph_module.graph.find_nodes(op="placeholder"))
+    symbols = _symbols(split.whole, names)
     last_use: dict[str, int] = {}
     for piece in split.pieces:
         for name in (*piece.outputs, *piece.inputs):
@@ -28,10 +30,17 @@ def plan_calls(split: SplitGraph) -> ExecutionPlan:
         ends = dict.fromkeys(n for n in (*piece.inputs, *piece.outputs) if last_use[n] == piece.index)
         frees = tuple(name for name in ends if name in made and name not in kept)
         comment = ", ".join(part for part in (piece.kind, piece.why or piece.module_path) if part)
-        calls.append(PlanCall(piece.index, piece.inputs, piece.outputs, frees, comment))
-    names = tuple(node.name for node in split.whole.graph_module.graph.find_nodes(op="placeholder"))
-    symbols = _symbols(split.whole, names)
+        calls.append(PlanCall(piece.index, piece.inputs, piece.outputs, frees, comment, dict(_sizes(piece, symbols))))
     return ExecutionPlan(names, tuple(calls), split.results, _size(split.whole, symbols), symbols)
+
+
+def _sizes(piece: Piece, symbols: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """As PlanCall.sizes."""
+    for index, value in enumerate(piece.fake_inputs):
+        lengths = enumerate(value.shape) if isinstance(value, torch.Tensor) else [(None, value)]
+        for dim, length in lengths:
+            if shapes.is_plain_symbol(length) and str(length) in symbols:
+                yield str(index) if dim is None else f"{index}.shape[{dim}]", symbols[str(length)]
 
 
 def _symbols(whole: FlatGraph, names: tuple[str, ...]) -> dict[str, str]:
