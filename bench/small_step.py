@@ -1,6 +1,7 @@
 """What a step costs beside its kernels: one token through 30 layers that are too small to matter, as JSON.
 
-usage: python -m bench.small_step [--shape toy-30] [--tokens 64] [--rounds 8] [--name NAME] [--out FILE]
+usage: python -m bench.small_step [--shape toy-30] [--dtype float32] [--threads 1] [--ways NAME ...] [--tokens 64]
+                                  [--rounds 8] [--name NAME] [--out FILE]
 
 All ways of running stand in one process and generate in turns, one request each; the time is that of the model's call
 within a decode step, whose own arithmetic is microseconds.
@@ -18,6 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.__main__ import RESULTS, environment
 from bench.figures import summary
 from bench.models import SHAPES, make_model
@@ -25,6 +28,7 @@ from onegraph import LLM, SamplingParams
 
 WAYS: dict[str, Any] = {
     "onegraph": None,
+    "onegraph, memory unplanned": {"plan_memory": False},
     "onegraph, one piece": {"splitting_ops": []},
     "onegraph, sizes of their own": {"compile_sizes": [1]},
     "torch.compile": {"mode": "STOCK_TORCH_COMPILE"},
@@ -35,8 +39,8 @@ WAYS: dict[str, Any] = {
 class Steps:
     """An engine whose model calls are timed."""
 
-    def __init__(self, folder: Path, config: Any) -> None:
-        self.llm = LLM(str(folder), num_kv_blocks=64, max_model_len=256, compilation_config=config)
+    def __init__(self, folder: Path, config: Any, dtype: str) -> None:
+        self.llm = LLM(str(folder), num_kv_blocks=64, max_model_len=256, compilation_config=config, dtype=dtype)
         self.microseconds: list[float] = []
         runner = self.llm.engine._runner
         runner._forward = self._timed(runner._forward)
@@ -62,6 +66,9 @@ def main() -> int:
     """Runs the rounds, writes bench/results/DATE-small-step[-NAME].json, prints a table."""
     parser = argparse.ArgumentParser(prog="python -m bench.small_step", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="toy-30", choices=list(SHAPES))
+    parser.add_argument("--dtype", default="float32", help="of the model")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="what to compare")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--name", default="", help="ends the file's name, where a day has several runs")
@@ -71,20 +78,23 @@ def main() -> int:
     out = options.out or RESULTS / f"{stem}.json"
     if out.exists():
         parser.error(f"{out.name} exists, and results are kept as measured: give another --name or --out")
+    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="onegraph-bench-") as folder:
         make_model(options.shape, Path(folder))
-        engines = {way: Steps(Path(folder), config) for way, config in WAYS.items()}
+        engines = {way: Steps(Path(folder), WAYS[way], options.dtype) for way in options.ways}
         for engine in engines.values():
             engine.decode(8)
-        found: dict[str, list[float]] = {way: [] for way in WAYS}
+        found: dict[str, list[float]] = {way: [] for way in engines}
         for number in range(options.rounds):
-            for way in list(WAYS) if number % 2 == 0 else list(reversed(WAYS)):
+            for way in list(engines) if number % 2 == 0 else list(reversed(engines)):
                 found[way] += engines[way].decode(options.tokens)
     steps = {way: {k: v for k, v in summary(times).items() if k != "all"} for way, times in found.items()}
-    facts = {"environment": environment(), "shape": options.shape, "microseconds_of_a_step_with_one_token": steps}
+    given = {"shape": options.shape, "dtype": options.dtype, "threads": options.threads}
+    facts = {"environment": environment(), **given, "microseconds_of_a_step_with_one_token": steps}
     out.write_text(json.dumps(facts, indent=1) + "\n")
     for way, one in steps.items():
-        print(f"{way:<30}{one['median']:>10.0f} µs  ({one['median'] / steps['onegraph']['median']:.2f}x)")
+        first = steps[options.ways[0]]["median"]
+        print(f"{way:<30}{one['median']:>10.0f} µs  ({one['median'] / first:.2f}x)")
     print(f"written: {out}")
     return 0
 

@@ -180,8 +180,10 @@ def test_calls_inside_of_a_call_and_calls_that_raise() -> None:
     model = compiled(function, splitting_ops=["onegraph_tests::calls_the_model"])
     x, other, inner = torch.randn(6, WIDTH), torch.randn(6, WIDTH), []
     model(x)
-    REENTERED.append(lambda: inner.append(model(other)))
-    torch.testing.assert_close([model(x), *inner], [function(x), function(other)])
+    for _ in range(3):
+        inner.clear()
+        REENTERED.append(lambda: inner.append(model(other)))
+        torch.testing.assert_close([model(x), *inner], [function(x), function(other)])
 
     def refuse() -> None:
         raise ValueError("not now")
@@ -266,13 +268,13 @@ def test_sizes_share_one_block_and_old_ones_go(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("onegraph.plan.memory.KEPT_SIZES", 3)
     tower = Tower(2).eval()
     model = compiled(tower)
-    for rows in (1, 2, 64, 3, 4, 5, 1, 64, 2):
+    for rows in (1, 2, 64, 3, 4, 5, 64, 1, 2, 3, 4):
         x = torch.randn(rows, WIDTH)
         torch.testing.assert_close(model(x), tower(x))
     from onegraph.plan.memory import Block
 
     blocks = [one for one in gc.get_objects() if type(one) is Block and len(one._plan.calls) == 5]
-    assert {len(block._bound) for block in blocks} == {3}
+    assert max(len(block._bound) for block in blocks) == 3
 
 
 @pytest.mark.usefixtures("no_grad")

@@ -1,4 +1,4 @@
-"""Places in a block of memory: buffers in use at the same time don't overlap, and the block is no larger than need be."""
+"""Places in a block of memory: buffers that are in use at the same time don't overlap, and few bytes lie idle."""
 
 from random import Random
 

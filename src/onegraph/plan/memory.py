@@ -1,8 +1,9 @@
 """The memory of one call: which intermediate values have a place in it, and the places for each size.
 
-Takes a plan and the pieces' callables. The places are worked out once for a size, from the sizes in bytes and from
-when each value begins and ends; the buffers, and all views of them, stay until other sizes push them out. All sizes
-share one block of memory, as large as the largest size that was called.
+Takes a plan and the pieces' callables. The places are worked out when a size is called for the second time, from the
+sizes in bytes and from when each value begins and ends; the buffers, and all views of them, stay until other sizes push
+them out. In the first call each piece allocates, since a prompt's length may never come again. All sizes share one
+block of memory, as large as the largest of them.
 
 What leaves the call has memory of its own: the plan's results, and what goes to code that may keep it (a splitting op
 that isn't onegraph's, a piece that runs op by op, or one that returns or shows what it is given). Calls at the same
@@ -21,7 +22,9 @@ from onegraph.ir.artifact import Layout, PieceCallable, PieceCode, PreparedPiece
 from onegraph.ir.plan import ExecutionPlan, PlanCall
 
 KEPT_SIZES = 64
-"""So many sizes keep their places and views; the one that was made first goes."""
+"""So many sizes keep their places and views; the one whose last call is longest ago goes."""
+
+_REMEMBERED_SIZES = 4096
 
 ALIGNMENT = 64
 
@@ -169,21 +172,30 @@ class Block:
         self._names = names
         self._storage: torch.UntypedStorage | None = None
         self._bound: dict[tuple[int, ...], _Bound] = {}
+        self._called: dict[tuple[int, ...], None] = {}
+        self._memory: dict[int, tuple[list[PieceCallable], MemoryPlan]] = {}
 
     def pieces(self, region: int, *sizes: int) -> list[PieceCallable]:
         """The callables of the region's pieces, for these values of the sizes' names."""
-        made_of = self._regions[region]
-        bound = self._bound.get((region, *sizes))
+        made_of, key = self._regions[region], (region, *sizes)
+        bound = self._bound.pop(key, None)
         if bound is None or bound.made_of != made_of:  # a piece has fallen back since
-            bound = _Bound(list(made_of), self._bind(made_of, dict(zip(self._names, sizes, strict=True))))
-            self._bound[(region, *sizes)] = bound
-            if len(self._bound) > KEPT_SIZES:
-                del self._bound[next(iter(self._bound))]
+            if key not in self._called:
+                self._called[key] = None
+                _forget_first(self._called, _REMEMBERED_SIZES)
+                return made_of
+            bound = self._bind(region, sizes)
+            _forget_first(self._bound, KEPT_SIZES - 1)
+        self._bound[key] = bound
         return bound.pieces
 
-    def _bind(self, pieces: list[PieceCallable], sizes: dict[str, int]) -> list[PieceCallable]:
-        memory = plan_memory(self._plan, pieces)
-        found = place(self._plan, memory, sizes)
+    def _bind(self, region: int, sizes: tuple[int, ...]) -> _Bound:
+        pieces = list(self._regions[region])
+        made_of, memory = self._memory.get(region, (None, None))
+        if memory is None or made_of != pieces:
+            memory = plan_memory(self._plan, pieces)
+            self._memory[region] = pieces, memory
+        found = place(self._plan, memory, dict(zip(self._names, sizes, strict=True)))
         storage = self._storage_of(found.num_bytes)
         with torch.inference_mode(False), torch.no_grad():
             scratch = {
@@ -200,7 +212,7 @@ class Block:
                 values = found.values[index]
                 checks = index in memory.checked
                 bound[index] = piece.bind(scratch[piece, values], results[index], values, checks)
-        return bound
+        return _Bound(pieces, bound)
 
     def _storage_of(self, size: int) -> torch.UntypedStorage:
         """At least so many bytes. What was made of a smaller block is forgotten."""
@@ -208,6 +220,11 @@ class Block:
             self._bound.clear()
             self._storage = torch.empty(size, dtype=torch.uint8).untyped_storage()
         return self._storage
+
+
+def _forget_first(kept: dict[tuple[int, ...], Any], most: int) -> None:
+    while len(kept) > most:
+        del kept[next(iter(kept))]
 
 
 def _tensor(storage: torch.UntypedStorage, offset: int, layout: Layout) -> torch.Tensor:
