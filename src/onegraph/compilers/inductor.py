@@ -138,16 +138,19 @@ def load_artifact(
     if prepared is None:
         return call
     execute(f"{path} prepared", prepared.source, namespace)
+    aliased = {alias.output for alias in aliases}
     bind = functools.partial(_bound, prepared, namespace, layouts, finished)
     return PieceCode(
         call,
-        prepared.kept_inputs,
+        prepared.kept_inputs | {alias.input for alias in aliases},
         PreparedPiece(
             sizes=prepared.sizes,
             size_names=prepared.size_names,
             scratch=prepared.scratch,
             results=prepared.results,
-            outputs=tuple(None if shown is None else shown[0] for shown in prepared.outputs),
+            outputs=tuple(
+                None if shown is None or index in aliased else shown[0] for index, shown in enumerate(prepared.outputs)
+            ),
             scratch_layouts=namespace["scratch_layouts"],
             results_layouts=namespace["results_layouts"],
             scratch_views=namespace["scratch"],

@@ -43,7 +43,7 @@ def compile_piece(piece: Piece, target: Target) -> PieceCode | None:
         return PieceCode(dispatched, frozenset())
     results = [node for node, op in ops.items() if op and isinstance(value_of(node), torch.Tensor)]
     namespace: dict[str, Any] = {**functions, "__dispatched": dispatched, "__is_watched": dispatcher_is_watched}
-    execute("onegraph ops", _source(piece.graph_module.graph, ops, results), namespace)
+    execute(f"onegraph ops of piece {piece.index}", _source(piece.graph_module.graph, ops, results), namespace)
     run = namespace["run"]
     alone = functools.partial(run, (None,) * len(results))
     return PieceCode(alone, frozenset(), _prepared(output, ops, results, run))

@@ -254,7 +254,7 @@ class StepMemory:
 def size_names(plan: ExecutionPlan, regions: Sequence[Sequence[Any]]) -> tuple[str, ...] | None:
     """The plan's inputs from which the sizes of all buffers follow; None where no piece has buffers to plan."""
     plans = [plan_memory(plan, pieces) for pieces in regions]
-    if not any(memory.prepared for memory in plans):
+    if not any(memory.placed or any(piece.scratch for piece in memory.prepared.values()) for memory in plans):
         return None
     calls = [(plan.calls[index], piece) for memory in plans for index, piece in memory.prepared.items()]
     return tuple(dict.fromkeys(str(size) for call, piece in calls for size in sizes_of(plan, call, piece)))
