@@ -94,6 +94,8 @@ def test_a_call_only_runs_kernels() -> None:
         "buf1 = empty_strided_cpu((u0, ), (1, ), torch.float32)",
         "extern_kernels.convolution(buf1, arg1_1)",
         "u7 = buf1.item()",
+        "u7 = foo(arg1_1); kernel_0(reinterpret_tensor(buf1, (u7, ), (1, ), 0))",
+        "u7 = foo(arg1_1); buf7 = reinterpret_tensor(buf1, (u7, ), (1, ), 0); kernel_0(buf7)",
     ],
 )
 def test_a_buffer_that_goes_to_anything_but_a_kernel_is_allocated_in_each_call(use: str) -> None:
@@ -104,6 +106,14 @@ def test_a_buffer_that_goes_to_anything_but_a_kernel_is_allocated_in_each_call(u
     )
     assert not found.scratch and [one.name for one in found.results] == ["buf2"]
     assert "buf1 = empty_strided_cpu((u0,), (1,), torch.float32)" in found.source.split("def run(")[1]
+
+
+def test_a_name_that_is_given_twice_is_allocated_where_it_stands() -> None:
+    found = prepared(
+        "arg0_1, = args\nbuf1 = foo(arg0_1)\nkernel_0(buf1)\n"
+        "buf1 = empty_strided_cpu((2, ), (1, ), torch.float32)\nkernel_0(buf1)\nreturn (arg0_1, )"
+    )
+    assert not found.scratch and found.source.count("buf1 = empty_strided_cpu") == 1
 
 
 def test_a_buffer_whose_size_is_found_in_the_call_is_allocated_there() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -97,13 +98,11 @@ class _Analysis:
     unplanned: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        stored: set[str] = set()
+        stored = Counter(name for statement in self.body for name in _names(statement, ast.Store))
         for number, statement in enumerate(self.body):
-            for name in _names(statement, ast.Store):
-                if name in stored and name in self.roots:
-                    self.unplanned.add(self.roots[name])
-                stored.add(name)
             self._read(number, statement)
+            again = {name for name in _names(statement, ast.Store) if stored[name] > 1}
+            self.unplanned |= {self.roots[name] for name in again if name in self.roots}
         self.unplanned -= self.sizes
 
     def _read(self, number: int, statement: ast.stmt) -> None:
@@ -112,6 +111,9 @@ class _Analysis:
         for name in _names(statement, ast.Load):
             if (buffer := self.buffers.get(self.roots.get(name, ""))) is not None:
                 buffer.last = number
+        for node in ast.walk(statement):  # a view whose size is found in the call
+            if isinstance(node, ast.Call) and _viewed(node) and not all(map(self.follows_from_sizes, node.args[1:])):
+                self._give_up(node)
         if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
             self._read_assignment(number, statement.targets[0], statement.value)
         elif isinstance(statement, ast.Return):
@@ -271,15 +273,10 @@ class _Printer(ast.NodeTransformer):
             ]
         inputs = _tuple(known.inputs or [])
         text += [f"def check(args{sizes}):", *_indented([f"{inputs} = args", *computed, *checks])]
-        body = []
+        groups = (("scratch", self._of(scratch)), ("results", self._of(results)))
+        body = [f"{_tuple(names)} = {group}" for group, names in groups if names]
         for statement in rest:
             body += ast.unparse(ast.fix_missing_locations(statement)).splitlines()
-            if body[-1] == "args.clear()":
-                body += [
-                    f"{_tuple(self._of(group))} = {name}"
-                    for name, group in (("scratch", scratch), ("results", results))
-                    if self._of(group)
-                ]
         text += ["def run(scratch, results, args):", *_indented(body)]
         return Prepared(
             source="\n".join(text) + "\n",
