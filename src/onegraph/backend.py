@@ -18,6 +18,7 @@ from onegraph.errors import ConfigError, nearest
 from onegraph.ir.graph import FlatGraph
 from onegraph.piece_compiler import PieceCompiler
 from onegraph.plan.function import plan_function
+from onegraph.plan.memory import size_names
 from onegraph.plan.plan import plan_calls
 from onegraph.split.split import called_ops, missing_ops, split_graph
 from onegraph.store.store import Store
@@ -44,7 +45,8 @@ def compile_dynamo_graph(
     with dynamo.COMPILE_LOCK:
         split = split_graph(whole, config.splitting_ops)
         (pieces,) = compiler.compile_all(split.pieces, (None,), None, {}, lambda done, total: None)
-    run = plan_function(plan_calls(split), [[piece.call for piece in pieces]])
+    plan, callables = plan_calls(split), [piece.call for piece in pieces]
+    run = plan_function(plan, [callables], sizes=size_names(plan, [callables]) if config.plan_memory else None)
     return checked_at_first_call(run, graph_module, foreign)
 
 

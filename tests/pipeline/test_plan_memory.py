@@ -109,6 +109,18 @@ def test_results_keep_their_values() -> None:
     assert found[0][2].data_ptr() - found[0][0].data_ptr() == 4
 
 
+@pytest.mark.usefixtures("no_grad")
+def test_below_torch_compile_a_call_allocates_its_results() -> None:
+    torch._dynamo.reset()
+    tower = Tower(3).eval()
+    model = torch.compile(tower, backend="onegraph")
+    given = [torch.randn(rows, WIDTH) for rows in (5, 7, 5, 7)]
+    found = [model(x) for x in given]
+    for x, result in zip(given, found, strict=True):
+        torch.testing.assert_close(result, tower(x))
+    assert allocations(lambda: model(given[0])) == [given[0].nbytes]
+
+
 def test_results_are_plain_tensors_whoever_called_first() -> None:
     tower = Tower(2).eval()
     model = compiled(tower)

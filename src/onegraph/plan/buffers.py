@@ -9,13 +9,13 @@ import re
 from collections.abc import Iterator, Sequence
 
 from onegraph.ir.artifact import PieceCallable, PreparedPiece
-from onegraph.ir.graph import CapturedGraph
+from onegraph.ir.graph import FlatGraph
 from onegraph.ir.plan import BufferPlan, ExecutionPlan, PlannedBuffer
 from onegraph.plan.memory import MemoryPlan, Places, num_bytes, place, plan_memory, size_names, sizes_of
 from onegraph.torch_compat.shapes import is_plain_symbol
 
 
-def buffer_plan(plan: ExecutionPlan, pieces: Sequence[PieceCallable], captured: CapturedGraph) -> BufferPlan | None:
+def buffer_plan(plan: ExecutionPlan, pieces: Sequence[PieceCallable], captured: FlatGraph) -> BufferPlan | None:
     """Where everything lies at the largest declared sizes; None where nothing is planned, or a size has no bound."""
     names = size_names(plan, [pieces])
     sizes = None if names is None else largest_sizes(names, captured, plan)
@@ -63,7 +63,7 @@ def buffer_lines(plan: BufferPlan) -> list[str]:
     return lines
 
 
-def largest_sizes(names: Sequence[str], captured: CapturedGraph, plan: ExecutionPlan) -> dict[str, int] | None:
+def largest_sizes(names: Sequence[str], captured: FlatGraph, plan: ExecutionPlan) -> dict[str, int] | None:
     """What the expressions `names` over the plan's inputs are at most; None where a dim isn't declared."""
     inputs = dict(zip(plan.inputs, captured.fake_inputs, strict=True))
     most = {dim.name: dim.max for dim in captured.dims}
