@@ -72,7 +72,7 @@ def plan_memory(plan: ExecutionPlan, pieces: Sequence[PieceCallable]) -> MemoryP
         if not isinstance(piece, PieceCode):
             unproven |= set(call.outputs)
     results = (one for index, piece in prepared.items() for one in _results(plan.calls[index], index, piece, last_use))
-    placed = tuple(one for one in results if not kept.intersection(one.names))
+    placed = tuple(one for one in results if one.names and not kept.intersection(one.names))
     return MemoryPlan(prepared, placed, frozenset(checked))
 
 
