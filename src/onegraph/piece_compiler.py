@@ -216,7 +216,7 @@ class PieceCompiler:
         if manifest.guards is not None and not shapes.holds(shape_env, manifest.guards, sizes):
             return None
         try:
-            call = inductor.load_artifact(stored.files, manifest.aliases, manifest.layouts, self.target)
+            call = inductor.load_artifact(stored.files, manifest, self.target)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with stored code, compiling anew mends it
             self.store.quarantine(key.digest, f"it can't be loaded: {type(error).__name__}: {error}")
             return None
@@ -249,14 +249,14 @@ class PieceCompiler:
         if self.store is not None and key is not None:
             try:
                 files = self.store.write(artifact).files
-                return inductor.load_artifact(files, artifact.aliases, artifact.layouts, self.target), True
+                return inductor.load_artifact(files, artifact, self.target), True
             except OSError as error:
                 log.warning("the artifact couldn't be kept in %s: %s", self.store.root, error)
         with tempfile.TemporaryDirectory(prefix="onegraph-artifact-") as folder:
             files = {name: Path(folder) / name for name in artifact.files}
             for name, contents in artifact.files.items():
                 files[name].write_bytes(contents)
-            return inductor.load_artifact(files, artifact.aliases, artifact.layouts, self.target), False
+            return inductor.load_artifact(files, artifact, self.target), False
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from onegraph.ir.target import KernelBuild, KernelSource
-from onegraph.targets.cpu import attention
+from onegraph.targets.cpu import attention, memory
 from onegraph.targets.cpu.compiler_run import LIBRARY, CompilerRun, NothingToBuild, no_compiler
 from onegraph.targets.cpu.library import MODULE, library_source
 from onegraph.torch_compat import toolchain
@@ -23,6 +23,8 @@ class CpuTarget:
 
     name = "cpu"
     dispatch_key = "CPU"
+    device_types: tuple[str, ...] = ("cpu",)
+    op_kernels_kind = "C++ kernel"
 
     def fingerprint(self) -> dict[str, Any]:
         """What the CPU can do, and the number of threads: both are baked into the code. Runs no compiler.
@@ -38,6 +40,14 @@ class CpuTarget:
     def required_alignment(self, itemsize: int) -> int:
         """Generated code loads unaligned vectors, so each element only has to stand at its own size."""
         return itemsize
+
+    def available_bytes(self) -> int | None:
+        """What the kernel says, within the control group's limit."""
+        return memory.available_bytes()
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """In an anonymous mapping of its own, whose pages cost memory when they are first written."""
+        return memory.zeros_on_demand(shape, dtype)
 
     def compiler_options(self) -> dict[str, Any]:
         """The instruction set is believed as declared, instead of probed by compiling test programs."""
