@@ -18,6 +18,8 @@ import torch._inductor.config
 from torch._functorch._aot_autograd.schemas import MutationType, OutputType
 from torch._inductor import async_compile, compile_fx
 from torch._inductor import utils as inductor_utils
+from torch._inductor.graph import GraphLowering
+from torch._inductor.sizevars import SizeVarAllocator
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from onegraph.errors import ConfigError, nearest
@@ -106,7 +108,7 @@ def compile_graph(
 
     context = torch._guards.TracingContext(fake_mode)
     collecting = _collect_kernels(collected, unbuilt)
-    with torch.no_grad(), torch._guards.tracing(context), collecting, python_headers_not_needed():
+    with torch.no_grad(), torch._guards.tracing(context), collecting, _fusing_by_hints(), python_headers_not_needed():
         function = compile_fx.compile_fx(
             graph_module, fake_inputs, inner_compile=inner_compile, config_patches={**options, _FIRST_PASS: first_pass}
         )
@@ -243,6 +245,31 @@ def _collect_kernels(collected: list[KernelSource], unbuilt: dict[str, _Unbuilt]
         yield
     finally:
         compiler.cpp_pybinding, compiler.triton = originals  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _fusing_by_hints() -> Iterator[None]:
+    """Inside, data of an unbacked size weighs what its hint says, where Inductor decides what to fuse.
+
+    Torch 2.11 gives it no weight at all, and then fuses no reduction with what follows; 2.13 does as here.
+    """
+    if hasattr(SizeVarAllocator, "all_unbacked_explicitly_hinted"):
+        yield
+        return
+    original = GraphLowering.get_dep_size_hint
+
+    def get_dep_size_hint(self: Any, dep: Any, count_bytes: bool = True) -> int:
+        with contextlib.suppress(KeyError, NotImplementedError):
+            symbols = free_unbacked_symbols(dep.get_numel())
+            if symbols and symbols <= set(self.sizevars.var_to_hint_override):
+                return int(dep.numbytes_hint() if count_bytes else dep.numel_hint())
+        return int(original(self, dep, count_bytes))
+
+    GraphLowering.get_dep_size_hint = get_dep_size_hint  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        GraphLowering.get_dep_size_hint = original  # type: ignore[method-assign]
 
 
 def _why_not_portable(

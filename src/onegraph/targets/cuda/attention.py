@@ -10,30 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from onegraph.ops import attention, kv_cache
+from onegraph.targets.cuda.launch import kernels, launch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST = 16
 """What tensor cores multiply at least, in each direction."""
+_FAR = 1 << 30
+"""Tokens of a window that nobody sees the end of; numbers of kernels have 32 bits."""
 _SPLIT = 256
 """Keys that a program of a split context gets at least."""
 
 
-@functools.cache
-def _kernels() -> Any:
-    """Imported when it is first needed: a torch for the CPU comes without Triton."""
-    return importlib.import_module("onegraph.targets.cuda.kernels")
-
-
 def implementations() -> dict[str, Callable[..., Any]]:
     """By op name; each is called with CUDA tensors as its op's schema says. Raises ImportError without Triton."""
-    _kernels()
+    kernels()
     return {"paged_attention": paged_attention, "write_kv_cache": write_kv_cache}
 
 
@@ -59,11 +55,10 @@ def paged_attention(
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # padding rows stay zero
     if not (num_tokens and num_requests):
         return out
-    kernels = _kernels()
     group, padded = num_heads // num_kv_heads, _power_of_two(max(head_dim, _LEAST))
     wide = q.dtype is torch.float32 or padded > 128
-    numbers = (scale, logit_softcap or 0.0, sliding_window or 0)
-    sizes: dict[str, Any] = {"H": num_heads, "D": head_dim, "DP": padded}
+    numbers = (scale, logit_softcap or 0.0, min(sliding_window or 0, _FAR))
+    sizes: dict[str, Any] = {"H": num_heads, "D": head_dim, "DP": padded, "HAS_SINKS": sinks is not None}
     options: dict[str, Any] = {
         "G": group,
         "B": block_size,
@@ -74,31 +69,45 @@ def paged_attention(
     }
     strides = (q.stride(0), q.stride(1), block_tables.stride(0))
     given = (q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, out if sinks is None else sinks)
-    has_sinks = {"HAS_SINKS": sinks is not None}
+    compiled_for = (q.dtype, strides[:2], q.device)
+    start = functools.partial(launch, specialised=compiled_for, aligned=(q, k_cache, v_cache))
     with _on(q.device):
-        mixed = {"ONLY_SINGLE": num_tokens > num_requests}
+        is_mixed = num_tokens > num_requests
         splits = _num_splits(num_requests * num_kv_heads, max_blocks * block_size, q.device)
         partial = state = out
         if splits > 1:
             partial = q.new_empty((num_tokens, num_heads, splits, padded), dtype=torch.float32)
             state = q.new_empty((num_tokens, num_heads, splits, 2), dtype=torch.float32)
-        kernels.decode[(num_requests, num_kv_heads, splits)](
-            out, partial, state, *given, *strides, splits, *numbers,
-            **sizes, **options, **has_sinks, **mixed,
-            GP=_power_of_two(max(group, _LEAST)), IS_SPLIT=splits > 1, num_warps=4, num_stages=2,
-        )  # fmt: skip
+        start(
+            "decode",
+            (num_requests, num_kv_heads, splits),
+            (out, partial, state, *given, *strides, splits, *numbers),
+            {
+                **sizes,
+                **options,
+                "GP": _power_of_two(max(group, _LEAST)),
+                "IS_SPLIT": splits > 1,
+                "ONLY_SINGLE": is_mixed,
+            },
+        )
         if splits > 1:
-            kernels.combine_splits[(num_requests, num_heads)](
-                out, partial, state, query_start_loc, given[-1], splits, **sizes, **has_sinks, **mixed, num_warps=2
+            start(
+                "combine_splits",
+                (num_requests, num_heads, 1),
+                (out, partial, state, query_start_loc, given[-1], splits),
+                {**sizes, "ONLY_SINGLE": is_mixed},
+                num_warps=2,
             )
-        if mixed["ONLY_SINGLE"]:
+        if is_mixed:
             together = _power_of_two(group)
             tokens = max(1, (32 if wide else 64) // together)
             tokens = max(tokens, _LEAST // together)
-            kernels.prefill[(num_tokens // tokens + num_requests, num_kv_heads)](
-                out, *given, *strides, num_requests, *numbers,
-                **sizes, **options, **has_sinks, GP=together, BLOCK_T=tokens, num_warps=4, num_stages=2,
-            )  # fmt: skip
+            start(
+                "prefill",
+                (num_tokens // tokens + num_requests, num_kv_heads, 1),
+                (out, *given, *strides, num_requests, *numbers),
+                {**sizes, **options, "GP": together, "BLOCK_T": tokens},
+            )
     return out
 
 
@@ -123,11 +132,16 @@ def write_kv_cache(
         return kv_cache.write_kv_cache(k, v, k_cache, v_cache, slot_mapping)
     size = min(_power_of_two(num_kv_heads * head_dim), 1024)
     if len(slot_mapping):
+        strides = (*k.stride()[:2], *v.stride()[:2])
         with _on(k.device):
-            _kernels().write_cache[(len(slot_mapping), -(-(num_kv_heads * head_dim) // size))](
-                k, v, k_cache, v_cache, slot_mapping, *k.stride()[:2], *v.stride()[:2],
-                K=num_kv_heads, D=head_dim, SIZE=size,
-            )  # fmt: skip
+            launch(
+                "write_cache",
+                (len(slot_mapping), -(-(num_kv_heads * head_dim) // size), 1),
+                (k, v, k_cache, v_cache, slot_mapping, *strides),
+                {"K": num_kv_heads, "D": head_dim, "SIZE": size},
+                specialised=(k.dtype, k_cache.dtype, strides, k.device),
+                aligned=(k, v, k_cache, v_cache),
+            )
     return None
 
 

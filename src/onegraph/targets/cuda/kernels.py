@@ -63,7 +63,10 @@ def _with_sink(best, total, sinks, heads, valid):
     return new_best, total * tl.exp(best - shift) + tl.exp(sink - shift)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_splits", "window"])
+@triton.jit(
+    do_not_specialize=["table_stride", "num_splits", "window"],
+    do_not_specialize_on_alignment=["tables", "starts", "lengths", "sinks"],
+)
 def decode(
     out, partial, state, q, k_cache, v_cache, tables, starts, lengths, sinks,
     q_stride_t, q_stride_h, table_stride, num_splits, scale, softcap, window,
@@ -121,7 +124,7 @@ def decode(
             tl.store(out + (row * H + heads[:, None]) * D + dims[None, :], acc.to(out.dtype.element_ty), mask=whole)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["starts", "sinks"])
 def combine_splits(
     out, partial, state, starts, sinks, num_splits,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HAS_SINKS: tl.constexpr, ONLY_SINGLE: tl.constexpr,
@@ -156,7 +159,10 @@ def combine_splits(
         tl.store(out + row * D + dims, (acc / total).to(out.dtype.element_ty), mask=dims < D)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_requests", "window"])
+@triton.jit(
+    do_not_specialize=["table_stride", "num_requests", "window"],
+    do_not_specialize_on_alignment=["tables", "starts", "lengths", "sinks"],
+)
 def prefill(
     out, q, k_cache, v_cache, tables, starts, lengths, sinks,
     q_stride_t, q_stride_h, table_stride, num_requests, scale, softcap, window,
@@ -209,7 +215,7 @@ def prefill(
     tl.store(out + (places * H + heads[:, None]) * D + dims[None, :], acc.to(out.dtype.element_ty), mask=whole)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def write_cache(
     k, v, k_cache, v_cache, slots, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
