@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -164,16 +164,17 @@ def main() -> int:
     out = options.out or RESULTS / f"{stem}.json"
     if out.exists():
         parser.error(f"{out.name} exists, and results are kept as measured: give another --name or --out")
+    facts: dict[str, Any] = {}
     with torch.inference_mode():
-        facts = measure(options)
-    out.write_text(json.dumps(facts, indent=1) + "\n")
+        for facts in measure(options):
+            out.write_text(json.dumps(facts, indent=1) + "\n")
     print(table(facts))
     print(f"written: {out}")
     return 0
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures, as they go into the file."""
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The figures as they go into the file, again and again, with more each time."""
     from onegraph.op_kernels import install_op_kernels
     from onegraph.store.store import Store
     from onegraph.targets import target_for
@@ -237,6 +238,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
         print(f"{count} requests: limit {limit_ms:.3f} ms, " + json.dumps({k: v["median"] for k, v in figures.items()}),
               file=sys.stderr, flush=True)  # fmt: skip
+        yield facts
     for count in [int(count) for count in options.transformers.split(",") if count]:
         name = "transformers, static cache, compiled"
         began = time.perf_counter()
@@ -252,7 +254,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             found["fraction_of_limit"] = round(one["limit_ms"] / found["median"], 3)
         one["engines"][name] = found
         print(f"{count} requests, transformers: {found.get('median', found)}", file=sys.stderr, flush=True)
-    return facts
+        yield facts
 
 
 def one_cache(root: Path) -> Any:
