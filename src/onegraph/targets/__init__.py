@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from onegraph.config.compilation import CUDAGraphMode
 from onegraph.config.resolve import DeviceRules
 from onegraph.errors import ConfigError, nearest
@@ -26,6 +28,11 @@ def target_for(device_type: str) -> Target:
         where="the module's parameters and inputs",
         hint="move the module to the CPU or to a CUDA device, or run it as it is with -O.mode=NONE",
     )
+
+
+def common_device(device_types: Iterable[str]) -> str:
+    """The torch device type whose target compiles what runs on all of these: a GPU's, where there is one among them."""
+    return min(device_types, key=lambda name: (name == "cpu", name), default="cpu")
 
 
 def resolve_device(name: str) -> str:

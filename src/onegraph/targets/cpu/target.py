@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from onegraph.errors import CompileError
 from onegraph.ir.target import KernelBuild, KernelSource
 from onegraph.targets.cpu import attention, memory
 from onegraph.targets.cpu.compiler_run import LIBRARY, CompilerRun, NothingToBuild, no_compiler
@@ -62,6 +63,12 @@ class CpuTarget:
 
     def start_build(self, kernels: Sequence[KernelSource]) -> KernelBuild:
         """One library of all kernels; no files for a piece without kernels. Raises CompileError."""
+        if foreign := [kernel.function for kernel in kernels if kernel.language != "cpp"]:
+            raise CompileError(
+                f"the graph makes tensors on another device than its weights and inputs lie on: {foreign[0]}",
+                where="building the kernels of a piece",
+                hint="give the module a weight or an input on that device, or call it with a tensor of it",
+            )
         return self._start(library_source(kernels), "building the kernels of a piece") if kernels else NothingToBuild()
 
     def op_kernel_factors(self) -> dict[str, Any]:
