@@ -5,8 +5,7 @@ usage: python -m bench.cuda [--shape llama-1b] [--requests 1,8,64,256] [--contex
 One step is one call of the model on inputs that lie on the device, from the call to the end of its work there, as an
 engine waits for it. The graph is recorded here, by hand: onegraph makes no recordings yet, and this is the bound that
 they can reach. The limit is the time in which the measured copy bandwidth moves the bytes of the weights and of the
-requests' keys and values once. Takes a few minutes. transformers decodes with a static cache, its forward under
-torch.compile(mode="reduce-overhead"), for the numbers of requests in --transformers.
+requests' keys and values once. Takes a minute.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ def timed(step: Callable[[], Any], repeats: int) -> list[float]:
     return seconds
 
 
-def make_models(shape: str) -> tuple[Any, Any]:
-    """The model as onegraph calls it, and the same weights for transformers' own attention; random, on the device."""
+def make_flat_model(shape: str) -> Any:
+    """The model as onegraph calls it, with random weights, on the device."""
     from transformers import AutoModelForCausalLM
 
     from onegraph.models.attention import ATTENTION, register
@@ -74,15 +73,11 @@ def make_models(shape: str) -> tuple[Any, Any]:
 
     register()
     torch.manual_seed(0)
-    models = []
-    for attention in (ATTENTION, "sdpa"):
-        with torch.device("cuda"):
-            model = AutoModelForCausalLM.from_config(
-                make_config(shape), dtype=torch.bfloat16, attn_implementation=attention
-            )
-        models.append(model.eval().requires_grad_(False))
-    models[1].load_state_dict(models[0].state_dict())
-    return FlatModel(models[0]), models[1]
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(
+            make_config(shape), dtype=torch.bfloat16, attn_implementation=ATTENTION
+        )
+    return FlatModel(model.eval().requires_grad_(False))
 
 
 def decode_inputs(num_requests: int, context: int, caches: Any) -> dict[str, Any]:
@@ -134,27 +129,10 @@ def recorded(step: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
     return graph.replay, out
 
 
-def transformers_step(model: Any, num_requests: int, context: int) -> Callable[[], Any]:
-    """transformers' decode step with a static cache, compiled."""
-    from transformers import StaticCache
-
-    cache = StaticCache(config=model.config, max_cache_len=context)
-    ids = torch.arange(1, num_requests + 1, device="cuda")[:, None]
-    positions = torch.full((num_requests, 1), context - 1, device="cuda")
-    compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-    place = torch.tensor([context - 1], device="cuda")
-    return lambda: (
-        compiled(
-            input_ids=ids, position_ids=positions, past_key_values=cache, cache_position=place, use_cache=True
-        ).logits
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cuda", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="llama-1b", choices=sorted(SHAPES))
     parser.add_argument("--requests", default="1,8,64,256")
-    parser.add_argument("--transformers", default="1,8")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--name", default="")
@@ -182,7 +160,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     counts = [int(count) for count in options.requests.split(",")]
     bandwidth = copy_bandwidth()
     with torch.inference_mode(False):
-        flat, plain = make_models(options.shape)
+        flat = make_flat_model(options.shape)
     config = flat.model.config
     weight_bytes = sum(p.nbytes for p in flat.parameters())
     max_blocks = -(-options.context // BLOCK_SIZE)
@@ -238,22 +216,6 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
         print(f"{count} requests: limit {limit_ms:.3f} ms, " + json.dumps({k: v["median"] for k, v in figures.items()}),
               file=sys.stderr, flush=True)  # fmt: skip
-        yield facts
-    for count in [int(count) for count in options.transformers.split(",") if count]:
-        name = "transformers, static cache, compiled"
-        began = time.perf_counter()
-        try:
-            step = transformers_step(plain, count, options.context)
-            step()
-            took = time.perf_counter() - began
-            found = {**summary([1000 * s for s in timed(step, options.repeats)]), "compile_s": round(took, 1)}
-        except Exception as error:  # noqa: BLE001 - another engine's failure is a result
-            found = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
-        one = facts["steps_ms"].setdefault(str(count), {"engines": {}})
-        if "median" in found and "limit_ms" in one:
-            found["fraction_of_limit"] = round(one["limit_ms"] / found["median"], 3)
-        one["engines"][name] = found
-        print(f"{count} requests, transformers: {found.get('median', found)}", file=sys.stderr, flush=True)
         yield facts
 
 
