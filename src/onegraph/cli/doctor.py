@@ -122,9 +122,12 @@ def _compiler() -> tuple[bool, str]:
 
 def _device() -> tuple[bool, str]:
     from onegraph.targets import describe_device, resolve_device, target_for
+    from onegraph.targets.cpu.target import CpuTarget
 
     device = resolve_device("auto")
-    target_for(device).check_toolchain()
+    target = target_for(device)
+    if not isinstance(target, CpuTarget):  # whose compiler is looked at above
+        target.check_toolchain()
     return True, f"{describe_device(device)}, {os.cpu_count()} cores"
 
 

@@ -23,7 +23,7 @@ from onegraph.engine.text import Text
 from onegraph.explanation import Explanation
 from onegraph.models import BUILTIN_MODEL, LoadedModel, load_model
 from onegraph.op_kernels import OpKernels, install_op_kernels, op_kernels_begun
-from onegraph.targets import resolve_device, target_for
+from onegraph.targets import describe_device, resolve_device, target_for
 
 WARM_UP_TOKENS = 16
 """Rows of the example that the model is captured on; any number would do, since sizes never reach the compiler."""
@@ -47,9 +47,12 @@ class Started:
     compile_s: float
 
     def explain(self) -> Explanation:
-        """How the model was compiled, and what its attention was lowered to."""
+        """How the model was compiled, for which device, and what its attention was lowered to."""
         explanation = self.compiled.explain()
-        return replace(explanation, notes=tuple(dict.fromkeys((*explanation.notes, *self.op_kernels.notes))))
+        device = describe_device(self.device)
+        return replace(
+            explanation, device=device, notes=tuple(dict.fromkeys((*explanation.notes, *self.op_kernels.notes)))
+        )
 
 
 def start_engine(config: EngineConfig) -> Started:
