@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+import onegraph.version
 from bench.figures import Run, add_ratios, figures, server_figures
 from bench.models import SHAPES, make_model
 from bench.processes import VLLM_ENGINES, interpreter, reason, run_in_own_group, variables, vllm_versions
@@ -58,7 +59,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit,
         "uncommitted_changes": bool(changed),
-        **{name: version(name) for name in ("torch", "transformers", "onegraph")},
+        **{name: version(name) for name in ("torch", "transformers")},
+        "onegraph": onegraph.version.__version__,
     }
 
 

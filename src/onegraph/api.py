@@ -25,7 +25,7 @@ from onegraph.numerics.oracle import SizeCheck
 from onegraph.pipeline import Observer, build, empty_explanation
 from onegraph.size_check import check_sizes
 from onegraph.store.store import Store
-from onegraph.targets import device_rules, target_for
+from onegraph.targets import common_device, device_rules, target_for
 
 log = get_logger(__name__)
 
@@ -124,15 +124,14 @@ def _stock_compile(module: Any, resolved: ResolvedConfig) -> Callable[..., Any]:
 
 
 def device_type_of(module: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str:
-    """The device type of the module's weights, else of its tensor arguments, else the CPU."""
+    """The device type to compile for: that of the module's weights and tensor arguments; the CPU where there are none.
+
+    Where some lie on the CPU and others on another device, the other one.
+    """
     owner = getattr(module, "__self__", module)
-    if isinstance(owner, torch.nn.Module):
-        for tensor in (*owner.parameters(), *owner.buffers()):
-            return str(tensor.device.type)
-    for value in (*args, *(kwargs or {}).values()):
-        if isinstance(value, torch.Tensor):
-            return str(value.device.type)
-    return "cpu"
+    tensors = [*owner.parameters(), *owner.buffers()] if isinstance(owner, torch.nn.Module) else []
+    tensors += [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, torch.Tensor)]
+    return common_device(tensor.device.type for tensor in tensors)
 
 
 def open_store() -> Store | None:

@@ -22,7 +22,7 @@ from onegraph.plan.memory import size_names
 from onegraph.plan.plan import plan_calls
 from onegraph.split.split import called_ops, missing_ops, split_graph
 from onegraph.store.store import Store
-from onegraph.targets import target_for
+from onegraph.targets import common_device, target_for
 from onegraph.torch_compat import dynamo
 
 
@@ -37,11 +37,11 @@ def compile_dynamo_graph(
         )
     _refuse_what_needs_a_range(config)
     fakes = tuple(n.meta["example_value"] for n in graph_module.graph.find_nodes(op="placeholder"))
-    devices = {value.device.type for value in fakes if isinstance(value, torch.Tensor)} or {"cpu"}
+    device = common_device(value.device.type for value in fakes if isinstance(value, torch.Tensor))
     foreign = custom_ops(graph_module)
     whole = FlatGraph(graph_module, fakes, dynamo.current_fake_mode(), dims=(), symbols={})
     _refuse_unknown_ops(whole, config)
-    compiler = PieceCompiler(config, target_for(devices.pop()), store, lambda conditions, region: ())
+    compiler = PieceCompiler(config, target_for(device), store, lambda conditions, region: ())
     with dynamo.COMPILE_LOCK:
         split = split_graph(whole, config.splitting_ops)
         (pieces,) = compiler.compile_all(split.pieces, (None,), None, {}, lambda done, total: None)

@@ -94,6 +94,8 @@ class Explanation:
     notes: tuple[str, ...] = ()
     checks: tuple[SizeCheck, ...] = ()
     """Sizes at which compiled was compared with eager and fp64."""
+    device: str | None = None
+    """What it is compiled for, in words; None where nothing is."""
 
     @property
     def start(self) -> str:
@@ -127,6 +129,7 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         return {
             "model": self.model,
+            "device": self.device,
             "config": self.config,
             "stages": [{"name": name, "seconds": round(seconds, 3)} for name, seconds in self.stages],
             "dims": [dim.to_dict() for dim in self.dims],
@@ -141,6 +144,7 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.start} start" if self.pieces else f"{self.model}: nothing compiled yet"]
         if self.stages:
+            lines += [f"device   {self.device}"] if self.device else []
             lines.append("stages   " + "  ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages))
         if self.pieces:
             lines.append(f"graph    {self.num_ops} operations")

@@ -39,6 +39,7 @@ class LLM:
 
     model: a folder or hub id of a transformers model; None is the model that ships with onegraph.
     dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch dtype.
+    device: "cpu" or "cuda" (the current one); "auto" is CUDA where there is a GPU.
     enforce_eager, compilation_config: no compiling at all; else a CompilationConfig, a dict of its fields, or
         0..3.
     max_model_len: most tokens of a prompt with its output (None: the model's own, or what the KV cache
@@ -55,6 +56,7 @@ class LLM:
         model: Any = None,
         *,
         dtype: Any = "auto",
+        device: str = "auto",
         enforce_eager: bool = False,
         compilation_config: CompilationConfig | Mapping[str, Any] | int | None = None,
         max_model_len: int | None = None,
@@ -72,6 +74,7 @@ class LLM:
         config = EngineConfig(
             model=model,
             dtype=dtype,
+            device=device,
             enforce_eager=enforce_eager,
             compilation_config=compilation_config,
             max_model_len=max_model_len,

@@ -40,18 +40,20 @@ _begun: dict[str, _Installation] = {}
 class OpKernels:
     """What runs the ops on a target: `is_installed`, or the references with the reason in `why`.
 
-    `store` is `hit`, `miss` or `off`, as for pieces; `seconds` is what its caller waited for it.
+    `store` is `hit`, `miss` or `off`, as for pieces; `seconds` is what its caller waited for it; `kind` says what the
+    target's kernels are.
     """
 
     is_installed: bool
     store: str
     why: str
     seconds: float
+    kind: str = "C++ kernel"
 
     @property
     def notes(self) -> tuple[str, ...]:
         """The downgrade, if it is one."""
-        return () if self.is_installed else (f"attention is plain PyTorch, not the C++ kernel: {self.why}",)
+        return () if self.is_installed else (f"attention is plain PyTorch, not the {self.kind}: {self.why}",)
 
 
 @contextlib.contextmanager
@@ -143,12 +145,12 @@ class _Installation:
                 made, status, why = self._finished()
         except CompileError as error:
             counters.add("op_kernels_missing")
-            none = OpKernels(False, "off", str(error).splitlines()[0], self.seconds)
+            none = OpKernels(False, "off", str(error).splitlines()[0], self.seconds, self.target.op_kernels_kind)
             log.warning("%s", none.notes[0])
             return none
         for name, implementation in made.items():
             implement(name, self.target.dispatch_key, implementation)
-        return OpKernels(True, status, why, self.seconds)
+        return OpKernels(True, status, why, self.seconds, self.target.op_kernels_kind)
 
     def _finished(self) -> tuple[Implementations, str, str]:
         if self.error is not None:

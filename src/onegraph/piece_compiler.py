@@ -226,7 +226,7 @@ class PieceCompiler:
         if manifest.guards is not None and not shapes.holds(shape_env, manifest.guards, sizes):
             return None
         try:
-            call = inductor.load_artifact(stored.files, manifest.aliases, manifest.layouts, self.target)
+            call = inductor.load_artifact(stored.files, manifest, self.target)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with stored code, compiling anew mends it
             self.store.quarantine(key.digest, f"it can't be loaded: {type(error).__name__}: {error}")
             return None
@@ -259,11 +259,11 @@ class PieceCompiler:
         if self.store is not None and key is not None:
             try:
                 files = self.store.write(artifact).files
-                return inductor.load_artifact(files, artifact.aliases, artifact.layouts, self.target), True
+                return inductor.load_artifact(files, artifact, self.target), True
             except OSError as error:
                 log.warning("the artifact couldn't be kept in %s: %s", self.store.root, error)
         with outside_the_store(artifact.files) as files:
-            return inductor.load_artifact(files, artifact.aliases, artifact.layouts, self.target), False
+            return inductor.load_artifact(files, artifact, self.target), False
 
 
 @dataclass

@@ -124,7 +124,7 @@ def build(
 
         made = _cover(specialise, config)
         checked: CheckedWhen = "never" if config.freeze else state_checked
-        explanation = _explain(name, config, stages, made, checked)
+        explanation = _explain(name, config, target, stages, made, checked)
         trace_json("explain", explanation.to_dict)
     entry = made[0].captured.bind_entry([(one.region.predicate, one.call) for one in made])
     reads = (read for one in made for read in one.captured.state if read.entry.checked == "call")
@@ -132,7 +132,7 @@ def build(
 
     def fall_back(piece: int, why: str, size: int | None) -> Built:
         made[:] = with_eager_piece(made, piece, why, size)
-        return replace(built, explanation=_explain(name, config, stages, made, checked))
+        return replace(built, explanation=_explain(name, config, target, stages, made, checked))
 
     captured = made[0].captured
     slots = functools.partial(allocate_slots, captured.sized, captured.dims)
@@ -256,12 +256,18 @@ def _refuse_more_regions(made: list[Specialised], sizes: tuple[tuple[str, int], 
 
 
 def _explain(
-    name: str, config: ResolvedConfig, stages: Stages, made: list[Specialised], state_checked: CheckedWhen
+    name: str,
+    config: ResolvedConfig,
+    target: Target,
+    stages: Stages,
+    made: list[Specialised],
+    state_checked: CheckedWhen,
 ) -> Explanation:
     first = made[0]
     shapes_found = {entry.expr: entry for one in made for entry in one.constraints}
     return Explanation(
         model=name,
+        device=target.name,
         config=config.to_dict(),
         stages=stages.totals(),
         dims=first.captured.dims,

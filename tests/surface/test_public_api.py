@@ -61,6 +61,7 @@ def test_arguments_of_llm_and_their_defaults() -> None:
     assert {name: parameter.default for name, parameter in parameters.items()} == {
         "model": None,
         "dtype": "auto",
+        "device": "auto",
         "enforce_eager": False,
         "compilation_config": None,
         "max_model_len": None,
@@ -116,6 +117,7 @@ assert not any(map(importlib.util.find_spec, extras))
 import onegraph
 modules = [module.name for module in pkgutil.walk_packages(onegraph.__path__, "onegraph.")]
 modules = [name for name in modules if not name.startswith("onegraph.serve.") or name == "onegraph.serve.settings"]
+modules.remove("onegraph.targets.cuda.kernels")  # needs Triton, which comes with torch for CUDA
 assert len(modules) > 50, modules
 for name in modules:
     importlib.import_module(name)

@@ -28,11 +28,12 @@ def main(words: list[str]) -> int:
     from onegraph.config.compilation import CompilationConfig
     from onegraph.config.resolve import resolve
     from onegraph.env import environment
-    from onegraph.targets import device_rules
+    from onegraph.targets import device_rules, resolve_device
 
+    device = resolve_device(config.device)
     resolved = resolve(
         CompilationConfig.of(config.compilation_config),
-        rules=device_rules("cpu"),
+        rules=device_rules(device),
         environment=environment(),
         enforce_eager=config.enforce_eager,
     )
@@ -44,6 +45,8 @@ def main(words: list[str]) -> int:
     for flag in ENGINE_FLAGS:
         given = getattr(options, flag.field) is not None
         facts[flag.field] = {"value": getattr(config, flag.field), "why": "user" if given else "default"}
+    if config.device != device:
+        facts["device"] = {"value": device, "why": f"{facts['device']['why']}: {config.device}"}
     if options.json:
         print(json.dumps(facts, indent=1, default=str))
         return 0

@@ -121,10 +121,14 @@ def _compiler() -> tuple[bool, str]:
 
 
 def _device() -> tuple[bool, str]:
-    import torch
+    from onegraph.targets import describe_device, resolve_device, target_for
+    from onegraph.targets.cpu.target import CpuTarget
 
-    isa, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    return True, f"CPU, {isa}, {os.cpu_count()} cores, {threads} threads"
+    device = resolve_device("auto")
+    target = target_for(device)
+    if not isinstance(target, CpuTarget):  # whose compiler is looked at above
+        target.check_toolchain()
+    return True, f"{describe_device(device)}, {os.cpu_count()} cores"
 
 
 def _memory() -> tuple[bool, str]:

@@ -28,6 +28,7 @@ class EngineFlag:
 
 ENGINE_FLAGS = (
     EngineFlag("dtype", str, "auto (the checkpoint's), float32, bfloat16 or float16"),
+    EngineFlag("device", str, "auto (the GPU where there is one), cpu or cuda"),
     EngineFlag("enforce_eager", bool, "no torch.compile, no CUDA graphs"),
     EngineFlag("max_model_len", int, "most tokens of a prompt with its output"),
     EngineFlag("max_num_seqs", int, "most sequences of one step"),

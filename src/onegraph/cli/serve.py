@@ -19,7 +19,7 @@ from onegraph.env import environment
 from onegraph.errors import ServeError
 from onegraph.log import set_level
 from onegraph.serve.settings import ServeSettings
-from onegraph.targets import device_rules
+from onegraph.targets import device_rules, resolve_device
 from onegraph.version import __version__
 
 EXAMPLE = """example:
@@ -73,7 +73,7 @@ def parsed(words: list[str]) -> tuple[EngineConfig, ServeSettings, bool]:
     config = engine_config(options, compilation)
     resolve(
         CompilationConfig.of(config.compilation_config),
-        rules=device_rules("cpu"),
+        rules=device_rules(resolve_device(config.device)),
         environment=environment(),
         enforce_eager=config.enforce_eager,
     )

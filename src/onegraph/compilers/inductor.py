@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -30,6 +30,19 @@ from onegraph.ir.target import Target
 from onegraph.torch_compat import inductor
 
 WRAPPER, CONSTANTS = "wrapper.py", "constants.pt"
+
+
+class LoadingFacts(Protocol):
+    """What is kept beside an artifact's files: an Artifact or its manifest. See `ir.artifact` for the fields."""
+
+    @property
+    def aliases(self) -> tuple[OutputAlias, ...]: ...
+    @property
+    def layouts(self) -> tuple[OutputLayout, ...]: ...
+    @property
+    def aligned_inputs(self) -> tuple[int, ...]: ...
+    @property
+    def mutates_inputs(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,7 @@ class Compilation:
         self._started = time.perf_counter()
         self._target, self._num_ops = target, len(piece.graph_module.graph.nodes)
         counters.add("inductor_compiles")
-        self._output = _generated(piece, options)
+        self._output = _generated(piece, target, options)
         self.conditions = self._output.conditions
         self._source, kernels = "", self._output.kernels
         if self._output.not_portable is None:
@@ -84,6 +97,7 @@ class Compilation:
             files=files,
             aliases=output.aliases,
             layouts=output.layouts,
+            aligned_inputs=output.aligned_inputs,
             mutates_inputs=output.mutates_inputs,
             seconds=time.perf_counter() - self._started,
             facts={"num_kernels": self._num_kernels, "num_ops": self._num_ops},
@@ -94,10 +108,10 @@ class Compilation:
         self._build.cancel()
 
 
-def _generated(piece: Piece, options: dict[str, Any]) -> inductor.InductorOutput:
+def _generated(piece: Piece, target: Target, options: dict[str, Any]) -> inductor.InductorOutput:
     try:
         return inductor.compile_graph(
-            copy.deepcopy(piece.graph_module), list(piece.fake_inputs), piece.fake_mode, options
+            copy.deepcopy(piece.graph_module), list(piece.fake_inputs), piece.fake_mode, options, target.device_types
         )
     except OnegraphError:
         raise
@@ -118,9 +132,7 @@ def _in_files(contents: Mapping[str, bytes]) -> Iterator[dict[str, Path]]:
         yield paths
 
 
-def load_artifact(
-    files: Mapping[str, Path], aliases: tuple[OutputAlias, ...], layouts: tuple[OutputLayout, ...], target: Target
-) -> PieceCallable:
+def load_artifact(files: Mapping[str, Path], facts: LoadingFacts, target: Target) -> PieceCallable:
     """A callable made of an artifact's files and facts alone. Runs no compiler. The files may go away afterwards."""
     constants: dict[str, Any] = {}
     if CONSTANTS in files:
@@ -130,19 +142,20 @@ def load_artifact(
     namespace = put_together(path, source, target.load_kernels(files), constants)
 
     def finished(call: PieceCallable, layouts: tuple[OutputLayout, ...]) -> PieceCallable:
+        call = _with_aligned_inputs(call, facts.aligned_inputs, facts.mutates_inputs)
         call = _with_layouts(call, layouts)
-        return _with_aliases(call, aliases) if aliases else call
+        return _with_aliases(call, facts.aliases) if facts.aliases else call
 
-    call = finished(namespace["call"], layouts)
-    prepared = prepare(source)
+    call = finished(namespace["call"], facts.layouts)
+    prepared = prepare(source) if target.plans_memory else None
     if prepared is None:
         return call
     execute(f"{path} prepared", prepared.source, namespace)
-    aliased = {alias.output for alias in aliases}
-    bind = functools.partial(_bound, prepared, namespace, layouts, finished)
+    aliased = {alias.output for alias in facts.aliases}
+    bind = functools.partial(_bound, prepared, namespace, facts.layouts, finished)
     return PieceCode(
         call,
-        prepared.kept_inputs | {alias.input for alias in aliases},
+        prepared.kept_inputs | {alias.input for alias in facts.aliases},
         PreparedPiece(
             sizes=prepared.sizes,
             size_names=prepared.size_names,
@@ -199,6 +212,34 @@ def _bound(
 
 def _is_laid_out(tensor: torch.Tensor, layout: OutputLayout) -> bool:
     return bool(tensor.permute(layout.order).is_contiguous())
+
+
+def _with_aligned_inputs(call: PieceCallable, indices: tuple[int, ...], mutates_inputs: bool) -> PieceCallable:
+    """Copies inputs that don't lie where the kernels take them to lie, and writes back what was changed in a copy."""
+    if not indices:
+        return call
+
+    def run(inputs: list[Any]) -> Any:
+        copied = []
+        for index in indices:
+            tensor = inputs[index]
+            if tensor.data_ptr() % inductor.ALIGNMENT:
+                inputs[index] = _copy(tensor)
+                copied.append((tensor, inputs[index]))
+        outputs = call(inputs)
+        if mutates_inputs:
+            for tensor, copy_of_it in copied:
+                tensor.copy_(copy_of_it)
+        return outputs
+
+    return run
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same sizes and strides, whatever these are."""
+    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+    whole = tensor.as_strided((max(length, 0) if tensor.numel() else 0,), (1,)).clone()
+    return whole.as_strided(tensor.size(), tensor.stride())
 
 
 def _with_layouts(call: PieceCallable, layouts: tuple[OutputLayout, ...]) -> PieceCallable:

@@ -17,7 +17,8 @@ from typing import Any
 from onegraph.errors import CompileError
 from onegraph.ir.target import KernelSource
 
-_BUILD = "cpp_pybinding"
+_BUILDS = {"async_compile.cpp_pybinding": "cpp", "async_compile.triton": "triton"}
+"""What the wrapper's text calls to build a kernel, and the kernel's language."""
 
 
 def take_apart(source: str, kernels: tuple[KernelSource, ...]) -> tuple[str, tuple[KernelSource, ...]]:
@@ -57,7 +58,10 @@ def _replacement(node: ast.stmt, remaining: list[KernelSource], named: list[Kern
     called = ast.unparse(node.value.func)
     if called == "AsyncCompile":
         return "\n"
-    if called != f"async_compile.{_BUILD}" or not remaining:
+    language = _BUILDS.get(called)
+    if language is None or not remaining or remaining[0].language != language:
+        return None
+    if language == "triton" and ast.unparse(node.value.args[0]) != repr(remaining[0].function):
         return None
     name = ast.unparse(node.targets[0])
     named.append(replace(remaining.pop(0), name=name))

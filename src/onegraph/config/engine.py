@@ -16,6 +16,7 @@ class EngineConfig:
 
     model: Any = None
     dtype: Any = "auto"
+    device: str = "auto"
     enforce_eager: bool = False
     compilation_config: CompilationConfig | Mapping[str, Any] | int | str | None = None
     max_model_len: int | None = None

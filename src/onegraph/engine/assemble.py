@@ -14,6 +14,7 @@ from onegraph.engine.limits import Limits
 from onegraph.engine.runner import Model, Runner
 from onegraph.engine.scheduler import Scheduler
 from onegraph.engine.text import Text
+from onegraph.ir.target import Target
 
 
 def assemble_engine(
@@ -24,10 +25,11 @@ def assemble_engine(
     text: Text,
     vocab_size: int,
     eos_token_ids: frozenset[int],
+    target: Target,
     enable_prefix_caching: bool = True,
     seed: int = 0,
 ) -> Engine:
-    """The engine for one model; `limits` come from `resolve_limits`."""
+    """The engine for one model, which lies on the target's device; `limits` come from `resolve_limits`."""
     tables = BlockTables(limits.max_num_seqs, limits.max_blocks_per_seq)
     scheduler = Scheduler(
         BlockPool(limits.kv_cache.num_blocks, limits.block_size),
@@ -37,7 +39,7 @@ def assemble_engine(
     )
     runner = Runner(
         model,
-        allocate_kv_caches(layers, limits.kv_cache),
+        allocate_kv_caches(layers, limits.kv_cache, target.zeros),
         tables,
         block_size=limits.block_size,
         max_num_tokens=limits.max_num_batched_tokens,

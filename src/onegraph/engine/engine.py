@@ -325,7 +325,7 @@ class Engine:
         request, num_rows = rows.sequence.request, len(rows.token_ids)
         ranked = rank_tokens(
             step.logits[rows.first_row : rows.first_row + num_rows],
-            torch.tensor(rows.token_ids),
+            torch.tensor(rows.token_ids, device=step.logits.device),
             [request.params.prompt_logprobs or 0] * num_rows,
         )
         request.prompt_logprobs.extend(self._logprobs(one) for one in ranked)

@@ -4,11 +4,8 @@ Takes: a model's KV layout and the engine's limits. Gives: how many blocks there
 words, and the tensors: for each layer keys and values [num_blocks, block_size, KV heads, head size].
 """
 
-import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -107,54 +104,23 @@ def plan_kv_cache(
     return KVCachePlan(fitting, block_size, block_bytes, why)
 
 
-def allocate_kv_caches(layers: Sequence[LayerKV], plan: KVCachePlan) -> KVCaches:
+def allocate_kv_caches(
+    layers: Sequence[LayerKV], plan: KVCachePlan, zeros: Callable[[tuple[int, ...], torch.dtype], Tensor]
+) -> KVCaches:
     """The tensors, zero, as inference tensors: they are written in inference mode only.
 
-    Each lies in an anonymous mapping of its own: pages cost memory when they are first written, not at
-    start-up, and no two tensors share a storage.
+    `zeros` is the device's way to make a tensor with a storage of its own (see `ir.target`).
     """
     with torch.inference_mode():
-        return [(_zeros_on_demand(layer, plan), _zeros_on_demand(layer, plan)) for layer in layers]
+        return [(_allocate(layer, plan, zeros), _allocate(layer, plan, zeros)) for layer in layers]
 
 
-def _zeros_on_demand(layer: LayerKV, plan: KVCachePlan) -> Tensor:
-    shape = (plan.num_blocks, plan.block_size, layer.num_kv_heads, layer.head_dim)
+def _allocate(layer: LayerKV, plan: KVCachePlan, zeros: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> Tensor:
     try:
-        pages = mmap.mmap(-1, prod(shape) * layer.dtype.itemsize)
-    except OSError as error:  # a machine that does not overcommit
+        return zeros((plan.num_blocks, plan.block_size, layer.num_kv_heads, layer.head_dim), layer.dtype)
+    except MemoryError as error:
         raise ConfigError(
             f"no memory for the KV cache, {plan}: {error}",
             where="the KV cache",
             hint=f"give fewer num_kv_blocks than {plan.num_blocks}",
         ) from error
-    return torch.frombuffer(pages, dtype=layer.dtype).view(shape)
-
-
-def available_host_bytes(root: Path = Path("/")) -> int | None:
-    """Memory that this process can still take: the kernel's estimate, within the limit of its control group.
-
-    None where the kernel does not say.
-
-    Source: proc(5) MemAvailable; cgroup v2 memory.max, memory.current and memory.stat (file cache that the
-    kernel can take back counts as available).
-    """
-    available = _field(root / "proc/meminfo", "MemAvailable:")
-    if available is None:
-        return None
-    available *= 1024
-    group = root / "sys/fs/cgroup"
-    try:
-        limit, usage = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no such group, or "max": no limit
-        return available
-    reclaimable = _field(group / "memory.stat", "inactive_file") or 0
-    return max(0, min(available, limit - usage + reclaimable))
-
-
-def _field(path: Path, name: str) -> int | None:
-    """The number that follows `name` in a file of lines."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(words[1]) for line in lines if (words := line.split()) and words[0] == name), None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from onegraph.config.engine import EngineConfig
 from onegraph.counters import counters
-from onegraph.engine.kv_cache import KVCachePlan, LayerKV, available_host_bytes, plan_kv_cache
+from onegraph.engine.kv_cache import KVCachePlan, LayerKV, plan_kv_cache
 from onegraph.errors import ConfigError
 from onegraph.log import get_logger
 
@@ -47,9 +47,12 @@ def resolve_limits(
     *,
     model_len: int,
     layers: Sequence[LayerKV],
-    available_bytes: Callable[[], int | None] = available_host_bytes,
+    available_bytes: Callable[[], int | None],
 ) -> Limits:
-    """Works out the limits; `model_len` is the longest text that the model was made for."""
+    """Works out the limits; `model_len` is the longest text that the model was made for.
+
+    `available_bytes` is as for `plan_kv_cache`: the memory of the model's device.
+    """
     asked_len = config.max_model_len
     if asked_len is not None and asked_len > model_len:
         raise ConfigError(

@@ -16,9 +16,9 @@ from onegraph.engine.request import Sequence
 
 
 class Penalties:
-    """The penalties of `members`, which are the owners of these rows of the logits."""
+    """The penalties of `members`, which are the owners of these rows of the logits, on the device of these."""
 
-    def __init__(self, members: Seq[Sequence], rows: Seq[int]) -> None:
+    def __init__(self, members: Seq[Sequence], rows: Seq[int], device: torch.device) -> None:
         self._members = members
         self._rows = rows
         self._entry_of: list[dict[int, int]] = [{} for _ in members]  # token -> entry
@@ -32,7 +32,7 @@ class Penalties:
         settings = [
             (m.params.presence_penalty, m.params.frequency_penalty, m.params.repetition_penalty) for m in members
         ]
-        self._settings = torch.tensor(settings, dtype=torch.float32).T  # [3, members]
+        self._settings = torch.tensor(settings, dtype=torch.float32, device=device).T  # [3, members]
 
     def apply_(self, logits: Tensor) -> None:
         """Changes the rows in place, for all tokens that are there now: repetition, then frequency, then
@@ -43,8 +43,9 @@ class Penalties:
                 entry = self._entry(member, token)  # may make the arrays anew
                 self._entries[2, entry] += 1
             self._num_seen[member] = len(one.token_ids)
-        rows, tokens, counts = torch.from_numpy(self._entries[:, : self._num_entries])
-        presence, frequency, repetition = self._settings[:, torch.from_numpy(self._owner[: self._num_entries])]
+        rows, tokens, counts = torch.from_numpy(self._entries[:, : self._num_entries]).to(logits.device)
+        owner = torch.from_numpy(self._owner[: self._num_entries]).to(logits.device)
+        presence, frequency, repetition = self._settings[:, owner]
         values = logits[rows, tokens]
         values = torch.where(values > 0, values / repetition, values * repetition)
         logits[rows, tokens] = values - frequency * counts - presence * (counts > 0)

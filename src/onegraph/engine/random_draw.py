@@ -26,11 +26,12 @@ def draw_by_weight(weights: Tensor, uniform: Tensor) -> Tensor:
     at = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))  # [Q, 1]
     chunk = torch.searchsorted(ends, at, right=True).clamp_(max=ends.shape[1] - 1)
     before = ends.gather(1, chunk) - sums.gather(1, chunk)
-    tokens = chunk * _CHUNK + torch.arange(_CHUNK)  # [Q, W]
+    places = torch.arange(_CHUNK, device=weights.device)
+    tokens = chunk * _CHUNK + places  # [Q, W]
     inside = weights.gather(1, tokens.clamp(max=vocab_size - 1)).masked_fill_(tokens >= vocab_size, 0)
     within = torch.searchsorted(inside.cumsum(-1, dtype=torch.float64), at - before, right=True)
     # Where rounding puts the number behind the chunk's end, its last token with weight is meant; the same in front.
-    weighty = torch.arange(_CHUNK) * (inside > 0)
+    weighty = places * (inside > 0)
     last = weighty.amax(-1, keepdim=True)
     first = (inside > 0).to(torch.int8).argmax(-1, keepdim=True)
     return tokens.gather(1, within.clamp(first, last))[:, 0]

@@ -1,7 +1,7 @@
-"""Runs a batch: writes the model's flat inputs into fixed host buffers and calls the compiled model.
+"""Runs a batch: writes the model's flat inputs into fixed buffers and calls the compiled model.
 
 Takes: a `Batch` whose sequences have their blocks. Gives: logits for the rows that somebody needs.
-Keeps: the KV cache tensors and the input buffers, made once, in inference mode like every call.
+Keeps: the KV cache tensors and the input buffers, on one device, made once, in inference mode like every call.
 `T` tokens of the batch, `R` sequences, `B` blocks of the longest, `S` rows with logits, `V` vocabulary.
 """
 
@@ -85,13 +85,14 @@ class Runner:
         self._tables = tables
         self._block_size = block_size
         max_num_seqs, max_blocks = tables.array.shape
-        self._input_ids = _Buffer(max_num_tokens, torch.int64)
-        self._positions = _Buffer(max_num_tokens, torch.int64)
-        self._slot_mapping = _Buffer(max_num_tokens, torch.int64)
-        self._query_start_loc = _Buffer(max_num_seqs + 1, torch.int32)
-        self._seq_lens = _Buffer(max_num_seqs, torch.int32)
-        self._block_tables = _Buffer(max_num_seqs * max_blocks, torch.int32)
-        self._logits_indices = _Buffer(max_num_tokens, torch.int64)
+        device = kv_caches[0][0].device
+        self._input_ids = _Buffer(max_num_tokens, torch.int64, device)
+        self._positions = _Buffer(max_num_tokens, torch.int64, device)
+        self._slot_mapping = _Buffer(max_num_tokens, torch.int64, device)
+        self._query_start_loc = _Buffer(max_num_seqs + 1, torch.int32, device)
+        self._seq_lens = _Buffer(max_num_seqs, torch.int32, device)
+        self._block_tables = _Buffer(max_num_seqs * max_blocks, torch.int32, device)
+        self._logits_indices = _Buffer(max_num_tokens, torch.int64, device)
 
     def warm_up(self, num_tokens: int) -> None:
         """Compiles (or loads) the model on `num_tokens` padding rows, which read and write no block."""
@@ -207,17 +208,22 @@ class Runner:
 
 
 class _Buffer:
-    """A host tensor that is filled from its start, so that its address and alignment never change."""
+    """A tensor on the model's device that is filled from its start, so that its address and alignment never change."""
 
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         with torch.inference_mode():
-            self._tensor = torch.zeros(size, dtype=dtype)
-        self._array = self._tensor.numpy()
+            self._host = torch.zeros(size, dtype=dtype)
+            self._tensor = self._host.to(device)  # itself where it is there already
+        self._array = self._host.numpy()
 
     def fill(self, values: "np.ndarray[Any, Any]") -> Tensor:
         """A contiguous view of the buffer's start with the values and their shape."""
         self._array[: values.size] = values.reshape(-1)
-        return self._tensor[: values.size].view(values.shape)
+        filled = self._tensor[: values.size]
+        if self._tensor is not self._host:
+            # Without waiting for the device. The host's side isn't pinned, so it is read before this returns.
+            filled.copy_(self._host[: values.size], non_blocking=True)
+        return filled.view(values.shape)
 
 
 def _rows_with_logits(

@@ -41,14 +41,14 @@ class Sampler:
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self._eos_token_ids = eos_token_ids
         self._members: list[Sequence] = []
-        self._asked = _Asked.by([], 0)
+        self._asked = _Asked.by([], 0, torch.device("cpu"))
 
     def __call__(self, logits: Tensor, sequences: Seq[Sequence]) -> Sampled:
         """Samples one token a row; sequences[i] is the owner of row i."""
         members, vocab_size = list(sequences), logits.shape[1]
         if self._members != members or self._asked.vocab_size != vocab_size:
             self._members = members
-            self._asked = _Asked.by(members, vocab_size)
+            self._asked = _Asked.by(members, vocab_size, logits.device)
         processed = self._process(logits)
         best, token_ids = processed.max(dim=-1)  # NaN, if there is one
         if self._asked.drawn:
@@ -59,8 +59,8 @@ class Sampler:
             found = rank_tokens(logits[rows], token_ids[rows], self._asked.num_logprobs)
             for row, one in zip(rows, found, strict=True):
                 ranked[row] = one
-        broken = frozenset() if bool(best.isfinite().all()) else frozenset((~best.isfinite()).nonzero()[:, 0].tolist())
-        return Sampled(token_ids.tolist(), ranked, broken)
+        chosen, finite = torch.stack((token_ids, best.isfinite().to(token_ids.dtype))).tolist()  # waits once
+        return Sampled(chosen, ranked, frozenset(row for row, is_finite in enumerate(finite) if not is_finite))
 
     def _process(self, logits: Tensor) -> Tensor:
         """min_tokens, logit_bias, and the penalties, in this order, in a copy in fp32; without them the logits."""
@@ -76,7 +76,7 @@ class Sampler:
             if token < logits.shape[1]
         ]
         if masked:
-            rows, tokens = torch.tensor(masked).T
+            rows, tokens = torch.tensor(masked, device=logits.device).T
             logits[rows, tokens] = -torch.inf
         if asked.bias is not None:
             rows, tokens, values = asked.bias
@@ -96,6 +96,7 @@ class Sampler:
         scaled = (rows - rows.amax(-1, keepdim=True)).div_(asked.temperature)
         kept = keep_likeliest(scaled, min_p=asked.min_p, top_k=asked.top_k, top_p=asked.top_p)
         uniform = torch.tensor([self._members[row].stream.random() for row in asked.drawn], dtype=torch.float64)
+        uniform = uniform.to(logits.device)
         return draw_by_weight(kept.exp_(), uniform)
 
 
@@ -117,7 +118,8 @@ class _Asked:
     num_logprobs: list[int]
 
     @staticmethod
-    def by(members: list[Sequence], vocab_size: int) -> "_Asked":
+    def by(members: list[Sequence], vocab_size: int, device: torch.device) -> "_Asked":
+        """For logits on the device, where all tensors here lie too."""
         params = [m.params for m in members]
         drawn = [row for row, p in enumerate(params) if not p.greedy]
         drawn_params = [params[row] for row in drawn]
@@ -128,25 +130,25 @@ class _Asked:
         return _Asked(
             vocab_size=vocab_size,
             drawn=drawn,
-            drawn_rows=torch.tensor(drawn, dtype=torch.int64),
-            temperature=_column([p.temperature for p in drawn_params]),
-            min_p=_column([p.min_p for p in drawn_params]) if any(p.min_p for p in drawn_params) else None,
-            top_k=torch.tensor(top_k)[:, None] if any(k < vocab_size for k in top_k) else None,
-            top_p=_column([p.top_p for p in drawn_params]) if any(p.top_p < 1 for p in drawn_params) else None,
+            drawn_rows=torch.tensor(drawn, dtype=torch.int64, device=device),
+            temperature=_column([p.temperature for p in drawn_params], device),
+            min_p=_column([p.min_p for p in drawn_params], device) if any(p.min_p for p in drawn_params) else None,
+            top_k=torch.tensor(top_k, device=device)[:, None] if any(k < vocab_size for k in top_k) else None,
+            top_p=_column([p.top_p for p in drawn_params], device) if any(p.top_p < 1 for p in drawn_params) else None,
             min_tokens=[row for row, p in enumerate(params) if p.min_tokens],
             bias=(
-                torch.tensor([row for row, _, _ in bias]),
-                torch.tensor([token for _, token, _ in bias]),
-                torch.tensor([value for _, _, value in bias]),
+                torch.tensor([row for row, _, _ in bias], device=device),
+                torch.tensor([token for _, token, _ in bias], device=device),
+                torch.tensor([value for _, _, value in bias], device=device),
             )
             if bias
             else None,
-            penalties=Penalties([members[row] for row in penalised], penalised) if penalised else None,
+            penalties=Penalties([members[row] for row in penalised], penalised, device) if penalised else None,
             logprob_rows=logprob_rows,
             num_logprobs=[params[row].logprobs or 0 for row in logprob_rows],
         )
 
 
-def _column(values: Seq[float]) -> Tensor:
+def _column(values: Seq[float], device: torch.device) -> Tensor:
     """fp32 [n, 1]."""
-    return torch.tensor(values, dtype=torch.float32)[:, None]
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]

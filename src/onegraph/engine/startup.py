@@ -23,7 +23,7 @@ from onegraph.engine.text import Text
 from onegraph.explanation import Explanation
 from onegraph.models import BUILTIN_MODEL, LoadedModel, load_model
 from onegraph.op_kernels import OpKernels, install_op_kernels, op_kernels_begun
-from onegraph.targets import target_for
+from onegraph.targets import describe_device, resolve_device, target_for
 
 WARM_UP_TOKENS = 16
 """Rows of the example that the model is captured on; any number would do, since sizes never reach the compiler."""
@@ -31,7 +31,10 @@ WARM_UP_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A ready engine and what it was made of; `load_s` and `compile_s` are the seconds of the two stages."""
+    """A ready engine and what it was made of; `device` is a torch device type.
+
+    `load_s` and `compile_s` are the seconds of the two stages.
+    """
 
     engine: Engine
     model: LoadedModel
@@ -39,13 +42,17 @@ class Started:
     op_kernels: OpKernels
     limits: Limits
     config: EngineConfig
+    device: str
     load_s: float
     compile_s: float
 
     def explain(self) -> Explanation:
-        """How the model was compiled, and what its attention was lowered to."""
+        """How the model was compiled, for which device, and what its attention was lowered to."""
         explanation = self.compiled.explain()
-        return replace(explanation, notes=tuple(dict.fromkeys((*explanation.notes, *self.op_kernels.notes))))
+        device = describe_device(self.device)
+        return replace(
+            explanation, device=device, notes=tuple(dict.fromkeys((*explanation.notes, *self.op_kernels.notes)))
+        )
 
 
 def start_engine(config: EngineConfig) -> Started:
@@ -54,17 +61,21 @@ def start_engine(config: EngineConfig) -> Started:
     Errors: ConfigError, ModelError, and what compiling raises.
     """
     began = time.perf_counter()
+    device = resolve_device(config.device)
     with _bar("weights", 3) as progress:
         model = load_model(
             config.model or BUILTIN_MODEL,
             dtype=config.dtype,
+            device=device,
             trust_remote_code=config.trust_remote_code,
             progress=progress,
         )
+    target, store = target_for(device), api.open_store()
     layers = [LayerKV(model.kv.num_kv_heads, model.kv.head_dim, model.kv.dtype)] * model.kv.num_layers
-    limits = resolve_limits(config, model_len=model.max_model_len, layers=layers)
+    limits = resolve_limits(
+        config, model_len=model.max_model_len, layers=layers, available_bytes=target.available_bytes
+    )
     loaded = time.perf_counter()
-    target, store = target_for(api.device_type_of(model.module)), api.open_store()
     with _bar("compile", 5) as progress, op_kernels_begun(target, store):
         compiled = api.compile(
             model.module,
@@ -84,13 +95,16 @@ def start_engine(config: EngineConfig) -> Started:
             text=Text(model.tokenizer),
             vocab_size=vocab_size(model.config),
             eos_token_ids=eos_token_ids(model),
+            target=target,
             enable_prefix_caching=config.enable_prefix_caching,
             seed=config.seed,
         )
         engine.warm_up(min(WARM_UP_TOKENS, limits.max_num_batched_tokens))
         progress("attention kernel")
         op_kernels = install_op_kernels(target, store)
-    return Started(engine, model, compiled, op_kernels, limits, config, loaded - began, time.perf_counter() - loaded)
+    return Started(
+        engine, model, compiled, op_kernels, limits, config, device, loaded - began, time.perf_counter() - loaded
+    )
 
 
 def vocab_size(config: Any) -> int:

@@ -7,6 +7,7 @@ from onegraph.api import open_store
 from onegraph.engine.startup import Started
 from onegraph.env import environment
 from onegraph.op_kernels import OpKernels
+from onegraph.targets import describe_device
 
 
 def summarise(started: Started) -> str:
@@ -19,6 +20,7 @@ def summarise(started: Started) -> str:
     lines = [
         f"model     {model.name}: {_count(model.num_parameters)} parameters, {_dtype(model.kv.dtype)}, "
         f"{_size(model.weight_bytes)} of weights",
+        f"device    {describe_device(started.device)}",
         f"KV cache  {limits.kv_cache}",
         f"limits    {limits.max_model_len} tokens a text, {limits.max_num_seqs} sequences and "
         f"{limits.max_num_batched_tokens} tokens a step",
@@ -39,7 +41,7 @@ def summarise(started: Started) -> str:
 
 
 def _attention(found: OpKernels) -> str:
-    return f"C++ kernel, {found.why} ({found.seconds:.1f} s)" if found.is_installed else "plain PyTorch"
+    return f"{found.kind}, {found.why} ({found.seconds:.1f} s)" if found.is_installed else "plain PyTorch"
 
 
 def _cache() -> str:

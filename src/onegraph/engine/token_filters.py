@@ -44,7 +44,7 @@ def _least_kept_by_top_p(logits: Tensor, top_k: Tensor | None, top_p: Tensor) ->
 def _cut_by_top_p(best: Tensor, logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
     """From the largest logits, descending: the least kept one [Q, 1], and whether it is surely it [Q]."""
     num_sorted, vocab_size = best.shape[1], logits.shape[1]
-    within_k = torch.arange(num_sorted) < top_k
+    within_k = torch.arange(num_sorted, device=best.device) < top_k
     total = torch.where(
         top_k < vocab_size,
         best.masked_fill(~within_k, -torch.inf).logsumexp(-1, keepdim=True),

@@ -109,7 +109,8 @@ class Artifact:
     """What is stored under a key, whole: nothing that it needs lies outside `files`.
 
     `files` maps names (`wrapper.py`, `kernels.so`) to contents; `constraints` are the conditions on sizes that
-    compiling added; `layouts` are those of outputs that the compiler may lay out otherwise; `guards` is torch's own
+    compiling added; `layouts` are those of outputs that the compiler may lay out otherwise; `aligned_inputs` are those
+    whose data has to begin at an aligned address, and which are copied where it doesn't; `guards` is torch's own
     expression for the conditions, for callers that keep their guards; `seconds` is what compiling took.
     """
 
@@ -117,6 +118,7 @@ class Artifact:
     files: Mapping[str, bytes]
     aliases: tuple[OutputAlias, ...] = ()
     layouts: tuple[OutputLayout, ...] = ()
+    aligned_inputs: tuple[int, ...] = ()
     mutates_inputs: bool = False
     constraints: tuple[ShapeEntry, ...] = ()
     guards: str | None = None

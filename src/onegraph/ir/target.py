@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class KernelSource:
-    """A kernel as a compiler wrote it: the name it is called by, its C argument types, and its source."""
+    """A kernel as a compiler wrote it: the name it is called by, its C argument types, and its source.
+
+    `language` is `cpp` or `triton`; `function` is the kernel's name in its own source.
+    """
 
     name: str
     argtypes: tuple[str, ...]
     source: str
+    language: str = "cpp"
+    function: str = "kernel"
 
 
 class KernelBuild(Protocol):
@@ -38,6 +46,12 @@ class Target(Protocol):
     name: str
     dispatch_key: str
     """Under which torch's dispatcher finds the device's implementations of ops."""
+    device_types: tuple[str, ...]
+    """The devices whose kernels may stand in one piece of this target's."""
+    op_kernels_kind: str
+    """What the kernels of onegraph's own ops are, in words."""
+    plans_memory: bool
+    """Whether intermediate values can have places in a block of memory that calls share, instead of an allocator's."""
 
     def fingerprint(self) -> dict[str, Any]:
         """What of the machine is baked into kernels: ISA, threads. JSON-able, part of every key."""
@@ -45,6 +59,14 @@ class Target(Protocol):
 
     def required_alignment(self, itemsize: int) -> int:
         """The alignment in bytes of an input's data that generated kernels rely on."""
+        ...
+
+    def available_bytes(self) -> int | None:
+        """Memory of the device that this process can still take; None where that can't be known."""
+        ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of zeros with a storage of its own. Raises MemoryError, with the device's words."""
         ...
 
     def compiler_options(self) -> dict[str, Any]:

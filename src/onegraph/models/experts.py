@@ -28,7 +28,7 @@ def experts(
     `module` is an experts class of transformers: its weights [experts, out, in] (or transposed), and what it says
     of gates, biases and norms. Raises ModelError for experts that are spread over devices.
     """
-    if module._is_expert_parallel:
+    if getattr(module, "_is_expert_parallel", False):  # transformers 5.17 doesn't say
         raise ModelError("experts spread over devices aren't supported", where=type(module).__name__)
     num_tokens, chosen = top_k_index.shape
     expert_ids = top_k_index.reshape(-1)
@@ -36,7 +36,7 @@ def experts(
     x = _linear(module, "gate_up_proj" if module.has_gate else "up_proj", x, expert_ids)
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
     x = _linear(module, "down_proj", x, expert_ids)
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):
         x = module.post_expert_norm(x)
     x = x * top_k_weights.reshape(-1, 1)
     return x.view(num_tokens, chosen, -1).sum(dim=1).to(hidden_states.dtype)

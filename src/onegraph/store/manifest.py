@@ -10,7 +10,7 @@ from typing import Any
 from onegraph.ir.artifact import Artifact, OutputAlias, OutputLayout
 from onegraph.ir.ledger import ShapeEntry
 
-FORMAT = 2
+FORMAT = 3
 
 
 class ManifestError(Exception):
@@ -36,6 +36,7 @@ class Manifest:
     files: dict[str, FileRecord]
     aliases: tuple[OutputAlias, ...]
     layouts: tuple[OutputLayout, ...]
+    aligned_inputs: tuple[int, ...]
     mutates_inputs: bool
     constraints: tuple[ShapeEntry, ...]
     guards: str | None
@@ -51,6 +52,7 @@ class Manifest:
             files=files,
             aliases=artifact.aliases,
             layouts=artifact.layouts,
+            aligned_inputs=artifact.aligned_inputs,
             mutates_inputs=artifact.mutates_inputs,
             constraints=artifact.constraints,
             guards=artifact.guards,
@@ -70,6 +72,7 @@ class Manifest:
             data["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
             data["aliases"] = tuple(OutputAlias(**alias) for alias in data["aliases"])
             data["layouts"] = tuple(OutputLayout(one["output"], tuple(one["order"])) for one in data["layouts"])
+            data["aligned_inputs"] = tuple(data["aligned_inputs"])
             data["constraints"] = tuple(ShapeEntry(**entry) for entry in data["constraints"])
             return cls(**data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

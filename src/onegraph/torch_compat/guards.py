@@ -39,13 +39,23 @@ def guard_facts(guards: Any) -> Iterator[GuardFact]:
         keywords.pop("recompile_hint", None)
         keywords.pop("value", None)  # a weak reference to the example tensor
         keywords.pop("source_b", None)  # another place of the object; `identity` tells all of them
+        name = guard.name
+        if guard.create_fn_name() == "HASATTR" and "attr" not in keywords:
+            name, keywords["attr"] = _asked_attribute(guard.originating_source)
         frames = list(guard.user_stack or ())
         frame = next((f for f in reversed(frames) if not is_torch_file(f.filename)), frames[-1] if frames else None)
         user = f"{frame.filename}:{frame.lineno}" if frame is not None else None
-        identity = (guard.name, guard.create_fn_name(), repr(sorted(keywords.items())))
+        identity = (name, guard.create_fn_name(), repr(sorted(keywords.items())))
         if identity not in facts or facts[identity].user is None:
-            facts[identity] = GuardFact(guard.name, guard.create_fn_name(), user, keywords)
+            facts[identity] = GuardFact(name, guard.create_fn_name(), user, keywords)
     return iter(facts.values())
+
+
+def _asked_attribute(source: Any) -> tuple[str, str]:
+    """The object and the attribute of a HASATTR guard of torch 2.11, which stands at the attribute's own place."""
+    while not hasattr(source, "member"):
+        source = source.base
+    return source.base.name, source.member
 
 
 def expression_scope() -> dict[str, Any]:

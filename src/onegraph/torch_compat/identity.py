@@ -18,6 +18,9 @@ from torch._guards import TracingContext
 
 from onegraph.torch_compat.shapes import is_torch_file
 
+_HASH = "hash_impl" if hasattr(TensorVariable, "hash_impl") else "get_python_hash"
+"""Torch 2.11's name for what hashes a traced tensor is the second."""
+
 
 @dataclass(frozen=True)
 class Places:
@@ -44,9 +47,9 @@ def identities() -> Iterator[Identities]:
     """Collects what the traces inside decide by identity."""
     found = Identities([], [])
     hashed: list[str] = []
-    example_value, hash_impl, dupe_guard = (
+    example_value, hash_of, dupe_guard = (
         builtin.extract_fake_example_value,
-        TensorVariable.hash_impl,
+        getattr(TensorVariable, _HASH),
         builder.make_dupe_guard,
     )
 
@@ -65,22 +68,22 @@ def identities() -> Iterator[Identities]:
             noted(found.compared, _source(caller.f_locals["left"]), _source(caller.f_locals["right"]))
         return example_value(*args, **kwargs)
 
-    def hashing(self: Any, tx: Any) -> Any:
+    def hashing(self: Any, *args: Any) -> Any:
         source = _source(self)
         for other in hashed:
             noted(found.compared, other, source)
         if source is not None and source not in hashed:
             hashed.append(source)
-        return hash_impl(self, tx)
+        return hash_of(self, *args)
 
     builtin.extract_fake_example_value = extract
-    TensorVariable.hash_impl = hashing  # type: ignore[method-assign]
+    setattr(TensorVariable, _HASH, hashing)
     builder.make_dupe_guard = seen_before
     try:
         yield found
     finally:
         builtin.extract_fake_example_value = example_value
-        TensorVariable.hash_impl = hash_impl  # type: ignore[method-assign]
+        setattr(TensorVariable, _HASH, hash_of)
         builder.make_dupe_guard = dupe_guard
 
 

@@ -1,6 +1,6 @@
-"""Inductor as a source-to-source compiler: a graph in, the wrapper's Python and the kernels' C++ out.
+"""Inductor as a source-to-source compiler: a graph in, the wrapper's Python and the kernels' sources out.
 
-Neither runs a C++ compiler nor loads anything: building and loading belong to the target. Where Inductor's
+Neither runs a kernel's compiler nor loads anything: building and loading belong to the target. Where Inductor's
 output can't be taken apart so, the callable that it made in this process is given instead, with the reason.
 """
 
@@ -17,6 +17,9 @@ import torch._functorch.config
 import torch._inductor.config
 from torch._functorch._aot_autograd.schemas import MutationType, OutputType
 from torch._inductor import async_compile, compile_fx
+from torch._inductor import utils as inductor_utils
+from torch._inductor.graph import GraphLowering
+from torch._inductor.sizevars import SizeVarAllocator
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from onegraph.errors import ConfigError, nearest
@@ -38,6 +41,8 @@ _HOOKS = (
 )
 
 _FIRST_PASS = "joint_custom_pre_pass"
+ALIGNMENT: int = inductor_utils.ALIGNMENT
+"""Bytes: what kernels for GPUs take for granted of inputs' addresses, where the traced inputs had it."""
 _FRESH = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
 """Outputs with memory of their own."""
 
@@ -48,7 +53,8 @@ class InductorOutput:
 
     `source` is the wrapper as Inductor wrote it; `kernels` are what it would have built; `constants` are
     tensors that the wrapper reads by name; `aliases` are the outputs that share memory with an input; `layouts` are
-    those of outputs that Inductor may lay out otherwise than the graph says;
+    those of outputs that Inductor may lay out otherwise than the graph says; `aligned_inputs` are the inputs whose
+    data the kernels take to begin at a multiple of ALIGNMENT bytes;
     `conditions` are those on sizes that torch relies on and doesn't tell. With `not_portable` set, only `callable`
     is usable, after `link` gave it its built kernels by their names; the text says why.
     """
@@ -63,6 +69,7 @@ class InductorOutput:
     mutates_inputs: bool = True
     conditions: tuple[RawCondition, ...] = ()
     layouts: tuple[OutputLayout, ...] = ()
+    aligned_inputs: tuple[int, ...] = ()
 
 
 def compile_graph(
@@ -70,9 +77,11 @@ def compile_graph(
     fake_inputs: list[Any],
     fake_mode: Any,
     options: dict[str, Any],
+    device_types: tuple[str, ...],
 ) -> InductorOutput:
     """Runs AOTAutograd and Inductor on a flat graph (placeholders in, tuple out) under no_grad.
 
+    Kernels of other devices than `device_types` are left to Inductor.
     Must run inside `dynamo.compile_scope`. The graph module is consumed. Raises what torch raises.
     """
     results = [value_of(one) if isinstance(one, torch.fx.Node) else None for one in _outputs(graph_module.graph)]
@@ -99,13 +108,13 @@ def compile_graph(
 
     context = torch._guards.TracingContext(fake_mode)
     collecting = _collect_kernels(collected, unbuilt)
-    with torch.no_grad(), torch._guards.tracing(context), collecting, python_headers_not_needed():
+    with torch.no_grad(), torch._guards.tracing(context), collecting, _fusing_by_hints(), python_headers_not_needed():
         function = compile_fx.compile_fx(
             graph_module, fake_inputs, inner_compile=inner_compile, config_patches={**options, _FIRST_PASS: first_pass}
         )
         metadata = context.fw_metadata
     mutates_inputs = metadata is None or any(info.mutates_data for info in metadata.input_info)
-    reason = _why_not_portable(graphs, metadata, fake_inputs, collected)
+    reason = _why_not_portable(graphs, metadata, fake_inputs, device_types)
     if reason is None and num_inputs != [len(fake_inputs)]:
         reason = "AOTAutograd hands the compiled graph other inputs than it is given"
     if reason is not None:
@@ -136,6 +145,7 @@ def compile_graph(
         mutates_inputs=mutates_inputs,
         conditions=tuple(conditions),
         layouts=tuple(_layouts(metadata, results)),
+        aligned_inputs=tuple(graphs[0].inputs_to_check),
     )
 
 
@@ -201,29 +211,70 @@ class _Unbuilt:
         self.built: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> None:
+        self._kernel()(*args)
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """How a wrapper calls a Triton kernel."""
+        self._kernel().run(*args, **kwargs)
+
+    def _kernel(self) -> Any:
         if self.built is None:
             raise AssertionError("a kernel was called before it was built")
-        self.built(*args)
+        return self.built
 
 
 @contextlib.contextmanager
 def _collect_kernels(collected: list[KernelSource], unbuilt: dict[str, _Unbuilt]) -> Iterator[None]:
-    original = async_compile.AsyncCompile.cpp_pybinding
+    compiler = async_compile.AsyncCompile
+    originals = compiler.cpp_pybinding, compiler.triton
 
-    def cpp_pybinding(self: Any, argtypes: list[str], source_code: str) -> Any:
+    def collect(argtypes: tuple[str, ...], *rest: str) -> _Unbuilt:
         # The name is known only to the wrapper's text; `onegraph.compilers.wrapper` matches them in order.
         name = f"kernel_{len(collected)}"
-        collected.append(KernelSource(name, tuple(argtypes), source_code))
+        collected.append(KernelSource(name, argtypes, *rest))
         return unbuilt.setdefault(name, _Unbuilt())
 
-    async_compile.AsyncCompile.cpp_pybinding = cpp_pybinding  # type: ignore[method-assign]
+    def cpp_pybinding(self: Any, argtypes: list[str], source_code: str) -> Any:
+        return collect(tuple(argtypes), source_code)
+
+    def triton(self: Any, kernel_name: str, source_code: str, device_str: str = "") -> Any:
+        return collect((), source_code, "triton", kernel_name)
+
+    compiler.cpp_pybinding, compiler.triton = cpp_pybinding, triton  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        async_compile.AsyncCompile.cpp_pybinding = original  # type: ignore[method-assign]
+        compiler.cpp_pybinding, compiler.triton = originals  # type: ignore[method-assign]
 
 
-def _why_not_portable(graphs: list[Any], metadata: Any, fake_inputs: list[Any], kernels: list[Any]) -> str | None:
+@contextlib.contextmanager
+def _fusing_by_hints() -> Iterator[None]:
+    """Inside, data of an unbacked size weighs what its hint says, where Inductor decides what to fuse.
+
+    Torch 2.11 gives it no weight at all, and then fuses no reduction with what follows; 2.13 does as here.
+    """
+    if hasattr(SizeVarAllocator, "all_unbacked_explicitly_hinted"):
+        yield
+        return
+    original = GraphLowering.get_dep_size_hint
+
+    def get_dep_size_hint(self: Any, dep: Any, count_bytes: bool = True) -> int:
+        with contextlib.suppress(KeyError, NotImplementedError):
+            symbols = free_unbacked_symbols(dep.get_numel())
+            if symbols and symbols <= set(self.sizevars.var_to_hint_override):
+                return int(dep.numbytes_hint() if count_bytes else dep.numel_hint())
+        return int(original(self, dep, count_bytes))
+
+    GraphLowering.get_dep_size_hint = get_dep_size_hint  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        GraphLowering.get_dep_size_hint = original  # type: ignore[method-assign]
+
+
+def _why_not_portable(
+    graphs: list[Any], metadata: Any, fake_inputs: list[Any], device_types: tuple[str, ...]
+) -> str | None:
     if len(graphs) != 1 or not getattr(graphs[0], "source_code", ""):
         return f"Inductor made {len(graphs)} graphs of one piece"
     if metadata is None:
@@ -244,10 +295,8 @@ def _why_not_portable(graphs: list[Any], metadata: Any, fake_inputs: list[Any], 
     shared = _mutated_overlap(metadata, fake_inputs)
     if shared is not None:
         return shared
-    if getattr(graphs[0], "device_types", None) and set(graphs[0].device_types) - {"cpu"}:
-        return "kernels of this device are not taken apart yet"
-    if graphs[0].inputs_to_check:
-        return "Inductor copies misaligned inputs at run time"
+    if foreign := set(getattr(graphs[0], "device_types", None) or ()) - set(device_types):
+        return f"it has kernels for {', '.join(sorted(foreign))}"
     if getattr(graphs[0], "torchbind_constants", None):
         return "the graph holds TorchBind objects"
     return None

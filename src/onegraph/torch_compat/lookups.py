@@ -24,6 +24,9 @@ from torch._guards import TracingContext
 from onegraph.torch_compat.guards import GuardFact
 from onegraph.torch_compat.shapes import is_torch_file
 
+_GETATTR = "generic_getattr" if hasattr(UserDefinedObjectVariable, "generic_getattr") else "var_getattr"
+"""Torch 2.11 has no generic_getattr: the look-up stands in var_getattr itself."""
+
 
 @dataclass(frozen=True)
 class UsedBuiltin:
@@ -48,7 +51,7 @@ def lookups() -> Iterator[Lookups]:
     found = Lookups()
     key_of, attribute_of, of_module, module_has, builtin = (
         ConstDictVariable.getitem_const_raise_exception_if_absent,
-        UserDefinedObjectVariable.generic_getattr,
+        getattr(UserDefinedObjectVariable, _GETATTR),
         PythonModuleVariable.var_getattr,
         PythonModuleVariable.call_obj_hasattr,
         InstructionTranslatorBase.load_builtin,
@@ -98,7 +101,7 @@ def lookups() -> Iterator[Lookups]:
     with ExitStack() as hooks:
         for holder, hook in (
             (ConstDictVariable, ("getitem_const_raise_exception_if_absent", key_of, get_key)),
-            (UserDefinedObjectVariable, ("generic_getattr", attribute_of, get_attribute)),
+            (UserDefinedObjectVariable, (_GETATTR, attribute_of, get_attribute)),
             (PythonModuleVariable, ("var_getattr", of_module, get_of_module)),
             (PythonModuleVariable, ("call_obj_hasattr", module_has, has_module)),
             (InstructionTranslatorBase, ("load_builtin", builtin, load_builtin)),

@@ -16,6 +16,7 @@ from onegraph.engine.kv_cache import KVCachePlan, LayerKV
 from onegraph.engine.limits import Limits
 from onegraph.engine.outputs import RequestOutput
 from onegraph.engine.text import Text
+from onegraph.targets.cpu.target import CpuTarget
 
 VOCAB = 101
 LAYER = LayerKV(num_kv_heads=1, head_dim=1, dtype=torch.float32)
@@ -129,6 +130,7 @@ def make_engine(
         text=Text(tokenizer or Letters()),
         vocab_size=VOCAB,
         eos_token_ids=eos,
+        target=CpuTarget(),
         enable_prefix_caching=caching,
     )
     return engine, model

@@ -10,11 +10,11 @@ from onegraph.engine.kv_cache import (
     KVCachePlan,
     LayerKV,
     allocate_kv_caches,
-    available_host_bytes,
     plan_kv_cache,
 )
 from onegraph.engine.limits import resolve_limits
 from onegraph.errors import ConfigError
+from onegraph.targets.cpu.memory import available_bytes, zeros_on_demand
 
 LAYERS = [LayerKV(2, 8, torch.bfloat16), LayerKV(1, 8, torch.float32)]
 BLOCK_BYTES = 16 * (2 * 2 * 8 * 2 + 2 * 1 * 8 * 4)
@@ -41,7 +41,7 @@ def test_what_does_not_fit_is_an_error_with_numbers():
 
 
 def test_the_tensors():
-    caches = allocate_kv_caches(LAYERS, plan(2**40, num_kv_blocks=3))
+    caches = allocate_kv_caches(LAYERS, plan(2**40, num_kv_blocks=3), zeros_on_demand)
     assert [(k.shape, k.dtype, v.shape) for k, v in caches] == [
         ((3, 16, 2, 8), torch.bfloat16, (3, 16, 2, 8)),
         ((3, 16, 1, 8), torch.float32, (3, 16, 1, 8)),
@@ -52,20 +52,20 @@ def test_the_tensors():
 
 
 def test_the_memory_that_is_there(tmp_path: Path):
-    assert available_host_bytes() > 2**20
+    assert available_bytes() > 2**20
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    4096 kB\n")
-    assert available_host_bytes(tmp_path) == 4096 * 1024
+    assert available_bytes(tmp_path) == 4096 * 1024
     group = tmp_path / "sys/fs/cgroup"
     group.mkdir(parents=True)
     (group / "memory.max").write_text("max\n")
     (group / "memory.current").write_text("100\n")
-    assert available_host_bytes(tmp_path) == 4096 * 1024
+    assert available_bytes(tmp_path) == 4096 * 1024
     (group / "memory.max").write_text("1000\n")
-    assert available_host_bytes(tmp_path) == 900
+    assert available_bytes(tmp_path) == 900
     (group / "memory.stat").write_text("anon 1\ninactive_file 30\n")
-    assert available_host_bytes(tmp_path) == 930
-    assert available_host_bytes(tmp_path / "nothing") is None
+    assert available_bytes(tmp_path) == 930
+    assert available_bytes(tmp_path / "nothing") is None
 
 
 def test_where_the_memory_is_not_known_the_blocks_must_be_given():

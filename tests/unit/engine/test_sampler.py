@@ -165,7 +165,7 @@ def test_penalties_of_more_tokens_than_there_was_room_for():
     params = SamplingParams(temperature=0, frequency_penalty=1.0, repetition_penalty=2.0)
     output = [*range(1000, 1060), *range(1000, 1030)]
     ones = [sequence(params, list(range(1000)), []), sequence(params, [0], [])]
-    penalties, logits = Penalties(ones, [0, 1]), torch.ones(2, 2000)
+    penalties, logits = Penalties(ones, [0, 1], torch.device("cpu")), torch.ones(2, 2000)
     penalties.apply_(logits.clone())
     for one in ones:
         one.token_ids += output

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from onegraph.errors import CompileError
 from onegraph.ir.target import KernelBuild, KernelSource
-from onegraph.targets.cpu import attention
+from onegraph.targets.cpu import attention, memory
 from onegraph.targets.cpu.compiler_run import LIBRARY, CompilerRun, NothingToBuild, no_compiler
 from onegraph.targets.cpu.library import MODULE, library_source
 from onegraph.torch_compat import toolchain
@@ -23,6 +24,9 @@ class CpuTarget:
 
     name = "cpu"
     dispatch_key = "CPU"
+    device_types: tuple[str, ...] = ("cpu",)
+    op_kernels_kind = "C++ kernel"
+    plans_memory = True
 
     def fingerprint(self) -> dict[str, Any]:
         """What the CPU can do, and the number of threads: both are baked into the code. Runs no compiler.
@@ -39,6 +43,14 @@ class CpuTarget:
         """Generated code loads unaligned vectors, so each element only has to stand at its own size."""
         return itemsize
 
+    def available_bytes(self) -> int | None:
+        """What the kernel says, within the control group's limit."""
+        return memory.available_bytes()
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """In an anonymous mapping of its own, whose pages cost memory when they are first written."""
+        return memory.zeros_on_demand(shape, dtype)
+
     def compiler_options(self) -> dict[str, Any]:
         """The instruction set is believed as declared, instead of probed by compiling test programs."""
         return {"cpp.vec_isa_ok": True, "force_disable_caches": True}
@@ -52,6 +64,12 @@ class CpuTarget:
 
     def start_build(self, kernels: Sequence[KernelSource]) -> KernelBuild:
         """One library of all kernels; no files for a piece without kernels. Raises CompileError."""
+        if foreign := [kernel.function for kernel in kernels if kernel.language != "cpp"]:
+            raise CompileError(
+                f"the graph makes tensors on another device than its weights and inputs lie on: {foreign[0]}",
+                where="building the kernels of a piece",
+                hint="give the module a weight or an input on that device, or call it with a tensor of it",
+            )
         return self._start(library_source(kernels), "building the kernels of a piece") if kernels else NothingToBuild()
 
     def op_kernel_factors(self) -> dict[str, Any]:

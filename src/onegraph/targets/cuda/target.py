@@ -1,0 +1,110 @@
+"""CUDA as a target: its fingerprint, Inductor's Triton kernels built and loaded, and the kernels of onegraph's ops.
+
+Kernels in C++, which Inductor writes for what a graph does on the CPU beside, are the CPU target's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onegraph.errors import CompileError
+from onegraph.ir.target import KernelBuild, KernelSource
+from onegraph.targets.cpu.compiler_run import NothingToBuild
+from onegraph.targets.cpu.target import CpuTarget
+from onegraph.targets.cuda import attention
+from onegraph.targets.cuda.triton_build import MixedBuild, load_triton_kernels
+from onegraph.torch_compat import inductor, triton_kernels
+
+
+class CudaTarget:
+    """Kernels are cubins for the current device's architecture. Needs Triton, which comes with torch for CUDA."""
+
+    name = "cuda"
+    dispatch_key = "CUDA"
+    device_types: tuple[str, ...] = ("cpu", "cuda")
+    op_kernels_kind = "Triton kernel"
+    plans_memory = False
+
+    def __init__(self) -> None:
+        self._cpu = CpuTarget()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The GPU, and the toolkit and Triton that compile for it; the CPU too, since pieces may run on both."""
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return {
+            "gpu": properties.name,
+            "capability": [properties.major, properties.minor],
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "triton": triton_kernels.version(),
+            "cpu": self._cpu.fingerprint(),
+        }
+
+    def required_alignment(self, itemsize: int) -> int:
+        """Kernels load 16 bytes at once where the traced input lay so."""
+        return inductor.ALIGNMENT
+
+    def available_bytes(self) -> int | None:
+        """What the driver has free on the current device, and what torch's allocator holds unused."""
+        free, _ = torch.cuda.mem_get_info()
+        return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """On the current device, whose memory it takes at once. Raises MemoryError."""
+        try:
+            return torch.zeros(shape, dtype=dtype, device=self.name)
+        except torch.cuda.OutOfMemoryError as error:
+            raise MemoryError(str(error).splitlines()[0]) from error
+
+    def compiler_options(self) -> dict[str, Any]:
+        """One configuration for each kernel, chosen without timing: so cold and warm starts give the same bits.
+
+        Kernels are built in this process, by `start_build`.
+        """
+        return {
+            **self._cpu.compiler_options(),
+            "deterministic": True,
+            "triton.autotune_pointwise": False,
+            "triton.mix_order_reduction": False,  # torch 2.11 fails on it where a size is unbacked
+            "compile_threads": 1,
+        }
+
+    def check_toolchain(self) -> None:
+        """Raises CompileError where Triton can't compile for a GPU here."""
+        problem = triton_kernels.problem()
+        if problem is not None:
+            raise CompileError(
+                f"Triton can't be used: {problem}",
+                where="building the kernels of a piece",
+                hint="pip install triton, and a C compiler (Debian, Ubuntu: apt-get install gcc); "
+                "--enforce-eager runs without compiling",
+            )
+
+    def start_build(self, kernels: Sequence[KernelSource]) -> KernelBuild:
+        """C++ begins at once, beside the caller; Triton's kernels are compiled when the files are asked for."""
+        cpp = [kernel for kernel in kernels if kernel.language == "cpp"]
+        triton = [kernel for kernel in kernels if kernel.language == "triton"]
+        return MixedBuild(self._cpu.start_build(cpp), triton)
+
+    def load_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Any]:
+        """Triton's kernels as Inductor's runtime launches them, and C++ functions."""
+        return {**self._cpu.load_kernels(files), **load_triton_kernels(files)}
+
+    def op_kernel_factors(self) -> dict[str, Any]:
+        """The kernels' source: Triton compiles it for the sizes of a model when it first calls them."""
+        source = Path(__file__).with_name("kernels.py").read_bytes()
+        return {"source": hashlib.sha256(source).hexdigest(), "triton": triton_kernels.version()}
+
+    def start_op_kernels_build(self) -> KernelBuild:
+        """There is nothing to build ahead of the first call."""
+        self.check_toolchain()
+        return NothingToBuild()
+
+    def load_op_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Callable[..., Any]]:
+        """The ops of `targets/cuda/attention.py`."""
+        return attention.implementations()
