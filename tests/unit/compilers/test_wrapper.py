@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -40,15 +42,15 @@ KERNELS = (
 )
 
 
-def test_kernels_become_look_ups(tmp_path: object) -> None:
+def test_kernels_become_look_ups(tmp_path: Path) -> None:
     source, named = take_apart(WRAPPER, KERNELS)
     assert [(kernel.name, kernel.language, kernel.function) for kernel in named] == [
         ("triton_poi_0", "triton", "triton_poi_0"),
         ("cpp_fused_1", "cpp", "kernel"),
         ("my_kernel_2", "triton", "my_kernel"),
     ]
-    call = put_together(__file__, source, {kernel.name: kernel.function for kernel in named}, {})  # type: ignore[arg-type]
-    assert call([]) == ("triton_poi_0", "kernel", "my_kernel")
+    names = put_together(tmp_path / "wrapper.py", source, {kernel.name: kernel.function for kernel in named}, {})
+    assert names["call"]([]) == ("triton_poi_0", "kernel", "my_kernel")
 
 
 @pytest.mark.parametrize("order", [(1, 0, 2), (0, 1), (2, 1, 0)])
