@@ -15,13 +15,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from onegraph.compilers import aot_eager, eager, inductor
+from onegraph.compilers.autotuning import Autotuning
 from onegraph.compilers.graph_text import graph_text
-from onegraph.compilers.key import piece_key
+from onegraph.compilers.key import machine_factors, piece_key
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.counters import counters
 from onegraph.ir.artifact import Artifact, CompiledPiece, PieceCallable
+from onegraph.ir.autotune import TunedChoice
 from onegraph.ir.key import Key, Unkeyable
 from onegraph.ir.ledger import ShapeEntry
 from onegraph.ir.piece import Piece
@@ -29,8 +32,9 @@ from onegraph.ir.region import Region
 from onegraph.ir.target import Target
 from onegraph.log import get_logger
 from onegraph.op_kernels import install_op_kernels, uses_own_ops
+from onegraph.store.choices import Choices
 from onegraph.store.store import Store
-from onegraph.torch_compat import shapes
+from onegraph.torch_compat import autotune, shapes
 from onegraph.torch_compat.specialised_sizes import NotSpecialisedError, specialised_graph
 from onegraph.torch_compat.structured_trace import trace_text
 
@@ -176,6 +180,7 @@ class PieceCompiler:
         self, piece: Piece, region: Region | None, builds: _Builds, started: float
     ) -> _Compiling | CompiledPiece:
         options = {**self.target.compiler_options(), **SAME_AS_EAGER, **self.config.inductor_compile_config}
+        options, tuning = self._tuning(options)
         key = piece_key(piece, region, self.target, options)
         with contextlib.ExitStack() as held:
             if isinstance(key, Unkeyable):
@@ -184,14 +189,17 @@ class PieceCompiler:
                 why = "the compile cache is off"
             else:
                 held.enter_context(self.store.lock(key.digest, before_waiting=builds.finish_all))
-                hit = self._load(piece, key)
+                artifact_key = key if tuning is None else tuning.recorded_key(key)
+                hit = None if artifact_key is None else self._load(piece, artifact_key)
                 if hit is not None:
                     counters.add("store_hits")
                     return replace(hit, seconds=time.perf_counter() - started)
                 counters.add("store_misses")
                 why = "no artifact has this key"
-            compilation = inductor.Compilation(piece, self.target, options)
+            compilation = inductor.Compilation(piece, self.target, options, tuning)
             held.callback(compilation.cancel)
+            if tuning is not None and not isinstance(key, Unkeyable):
+                key = tuning.settled_key(key)
             shape_env = piece.fake_mode.shape_env
             begun = _Compiling(
                 compiler=self,
@@ -206,6 +214,17 @@ class PieceCompiler:
             )
         return builds.add(begun)
 
+    def _tuning(self, options: dict[str, Any]) -> tuple[dict[str, Any], Autotuning | None]:
+        """The options, and who chooses kernels under them: nobody where nothing is measured."""
+        mode = self.config.autotune
+        if mode == "off" and self.config.asked("autotune"):
+            options = {**options, **autotune.OFF}
+        if not autotune.tunes(options):
+            return options, None
+        records = None if self.store is None else Choices(self.store)
+        mode = "record" if mode == "off" else mode  # torch's own configuration asks for it
+        return options, Autotuning(mode, machine_factors(self.target), records)
+
     def _load(self, piece: Piece, key: Key) -> CompiledPiece | None:
         assert self.store is not None
         stored = self.store.read(key.digest)
@@ -217,6 +236,7 @@ class PieceCompiler:
             return None
         try:
             call = inductor.load_artifact(stored.files, manifest.aliases, manifest.layouts, self.target)
+            autotuned = tuple(map(TunedChoice.from_dict, manifest.facts.get(inductor.AUTOTUNED, ())))
         except Exception as error:  # noqa: BLE001 - whatever is wrong with stored code, compiling anew mends it
             self.store.quarantine(key.digest, f"it can't be loaded: {type(error).__name__}: {error}")
             return None
@@ -230,20 +250,30 @@ class PieceCompiler:
             key=key.digest,
             mutates_inputs=manifest.mutates_inputs,
             constraints=manifest.constraints,
+            autotuned=autotuned,
         )
 
     def finished(self, begun: _Compiling) -> CompiledPiece:
         """What the compile gives when its kernels are built; they are kept in the store, and loaded from there."""
-        made, why = begun.compilation.finish(begun.key), begun.why
-        digest = None if begun.key is None else begun.key.digest
+        made = begun.compilation.finish(begun.key)
         if isinstance(made, inductor.InProcess):
-            why = f"can't be stored: {made.reason}"
-            return CompiledPiece(made.call, "inductor", "off", why, 0.0, digest, made.mutates_inputs, begun.constraints)
-        artifact = replace(made, constraints=begun.constraints, guards=begun.guards)
-        trace_text(f"piece_{begun.piece.index}_output_code", lambda: artifact.files[inductor.WRAPPER].decode())
-        call, stored = self._write_and_load(artifact, begun.key)
-        status = "miss" if stored else "off"
-        return CompiledPiece(call, "inductor", status, why, 0.0, digest, made.mutates_inputs, begun.constraints)
+            call, store, why = made.call, "off", f"can't be stored: {made.reason}"
+        else:
+            artifact = replace(made, constraints=begun.constraints, guards=begun.guards)
+            trace_text(f"piece_{begun.piece.index}_output_code", lambda: artifact.files[inductor.WRAPPER].decode())
+            call, stored = self._write_and_load(artifact, begun.key)
+            store, why = "miss" if stored else "off", begun.why
+        return CompiledPiece(
+            call=call,
+            backend="inductor",
+            store=store,
+            why=why,
+            seconds=0.0,
+            key=None if begun.key is None else begun.key.digest,
+            mutates_inputs=made.mutates_inputs,
+            constraints=begun.constraints,
+            autotuned=begun.compilation.autotuned,
+        )
 
     def _write_and_load(self, artifact: Artifact, key: Key | None) -> tuple[PieceCallable, bool]:
         if self.store is not None and key is not None:

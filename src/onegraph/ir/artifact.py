@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from onegraph.ir.autotune import TunedChoice
 from onegraph.ir.key import Key
 from onegraph.ir.ledger import ShapeEntry
 
@@ -73,3 +74,5 @@ class CompiledPiece:
     """The most similar earlier piece, and the first place where the two differ."""
     notes: tuple[str, ...] = ()
     """What its ops were lowered to, with the reasons."""
+    autotuned: tuple[TunedChoice, ...] = ()
+    """The kernels that were chosen by measuring."""
