@@ -25,7 +25,7 @@ from onegraph.ir.fx_nodes import value_of
 from onegraph.ir.target import KernelSource
 from onegraph.torch_compat.overlap import overlapping
 from onegraph.torch_compat.shapes import RawCondition, dense_order, squeezed_sizes
-from onegraph.torch_compat.toolchain import python_headers_not_needed
+from onegraph.torch_compat.toolchain import toolchain_as_declared
 
 _HOOKS = (
     "pre_grad_custom_pass",
@@ -99,7 +99,7 @@ def compile_graph(
 
     context = torch._guards.TracingContext(fake_mode)
     collecting = _collect_kernels(collected, unbuilt)
-    with torch.no_grad(), torch._guards.tracing(context), collecting, python_headers_not_needed():
+    with torch.no_grad(), torch._guards.tracing(context), collecting, toolchain_as_declared():
         function = compile_fx.compile_fx(
             graph_module, fake_inputs, inner_compile=inner_compile, config_patches={**options, _FIRST_PASS: first_pass}
         )
