@@ -44,7 +44,7 @@ class InProcess:
 
 
 class Compilation:
-    """A piece whose kernels are being built, beside the caller.
+    """A lowered piece, whose kernels are to be built.
 
     `conditions` are those on sizes that Inductor relies on beside those of the shape environment.
     """
@@ -61,15 +61,14 @@ class Compilation:
         self._output = _generated(piece, options, tuning)
         self.autotuned = () if tuning is None else tuning.made
         self.conditions = self._output.conditions
-        self._source, kernels = "", self._output.kernels
+        self.kernels = self._output.kernels
+        self._source = ""
         if self._output.not_portable is None:
-            self._source, kernels = take_apart(self._output.source, self._output.kernels)
-        self._num_kernels = len(kernels)
-        self._build = target.start_build(kernels)
+            self._source = take_apart(self._output.source, self.kernels)
 
-    def finish(self, key: Key | None) -> Artifact | InProcess:
-        """Waits for the kernels. Raises CompileError."""
-        output, built = self._output, self._build.files()
+    def finish(self, key: Key | None, built: Mapping[str, bytes]) -> Artifact | InProcess:
+        """What is made with the files of a library that has the kernels. Raises CompileError."""
+        output = self._output
         if output.not_portable is not None:
             assert output.callable is not None and output.link is not None
             with _in_files(built) as paths:
@@ -90,15 +89,11 @@ class Compilation:
             mutates_inputs=output.mutates_inputs,
             seconds=time.perf_counter() - self._started,
             facts={
-                "num_kernels": self._num_kernels,
+                "num_kernels": len(self.kernels),
                 "num_ops": self._num_ops,
                 AUTOTUNED: [one.to_dict() for one in self.autotuned],
             },
         )
-
-    def cancel(self) -> None:
-        """Ends the build."""
-        self._build.cancel()
 
 
 def _generated(piece: Piece, options: dict[str, Any], tuning: Autotuning | None) -> inductor.InductorOutput:

@@ -10,7 +10,10 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class KernelSource:
-    """A kernel as a compiler wrote it: the name it is called by, its C argument types, and its source."""
+    """A kernel as a compiler wrote it: its name in a library, its C argument types, and its source.
+
+    Kernels of one name are the same.
+    """
 
     name: str
     argtypes: tuple[str, ...]

@@ -211,8 +211,8 @@ def _collect_kernels(collected: list[KernelSource], unbuilt: dict[str, _Unbuilt]
     original = async_compile.AsyncCompile.cpp_pybinding
 
     def cpp_pybinding(self: Any, argtypes: list[str], source_code: str) -> Any:
-        # The name is known only to the wrapper's text; `onegraph.compilers.wrapper` matches them in order.
-        name = f"kernel_{len(collected)}"
+        # What the wrapper calls it is known only to its text; `onegraph.compilers.wrapper` matches them in order.
+        name = f"kernel_{hashlib.sha256(repr((argtypes, source_code)).encode()).hexdigest()[:16]}"
         collected.append(KernelSource(name, tuple(argtypes), source_code))
         return unbuilt.setdefault(name, _Unbuilt())
 
