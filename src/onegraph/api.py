@@ -223,7 +223,7 @@ def torch_compile_backend(
 ) -> Callable[..., Any]:
     """The backend that `torch.compile(module, backend="onegraph")` finds; `options` are CompilationConfig's fields.
 
-    Dynamo keeps its own guards, graph breaks and dynamic sizes; each graph is compiled and stored.
+    Dynamo keeps its own guards, graph breaks and dynamic sizes; each graph is split, compiled and stored.
     """
     resolved = resolve(
         CompilationConfig.of(options),

@@ -1,7 +1,8 @@
 """One graph of torch.compile's, compiled and stored: the part of the pipeline that runs below Dynamo.
 
-Takes the graph module and inputs that Dynamo hands to a backend. What compiling assumes about sizes becomes
-Dynamo's guards, on a warm start as on a cold one; there is no declared range and no ledger here.
+Takes the graph module and inputs that Dynamo hands to a backend; splits and compiles as with a captured graph. What
+compiling assumes about sizes becomes Dynamo's guards, on a warm start as on a cold one; there is no declared range
+and no ledger here.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import torch
 
 from onegraph.capture.custom_ops import checked_at_first_call, custom_ops
 from onegraph.config.resolve import ResolvedConfig
-from onegraph.errors import ConfigError
-from onegraph.ir.piece import Piece
+from onegraph.errors import ConfigError, nearest
+from onegraph.ir.graph import FlatGraph
 from onegraph.piece_compiler import PieceCompiler
+from onegraph.plan.function import plan_function
+from onegraph.plan.plan import plan_calls
+from onegraph.split.split import called_ops, missing_ops, split_graph
 from onegraph.store.store import Store
 from onegraph.targets import target_for
 from onegraph.torch_compat import dynamo
@@ -33,31 +37,37 @@ def compile_dynamo_graph(
     _refuse_what_needs_a_range(config)
     fakes = tuple(n.meta["example_value"] for n in graph_module.graph.find_nodes(op="placeholder"))
     devices = {value.device.type for value in fakes if isinstance(value, torch.Tensor)} or {"cpu"}
-    piece = Piece(
-        index=0,
-        kind="compiled",
-        graph_module=graph_module,
-        fake_inputs=fakes,
-        fake_mode=dynamo.current_fake_mode(),
-    )
+    foreign = custom_ops(graph_module)
+    whole = FlatGraph(graph_module, fakes, dynamo.current_fake_mode(), dims=(), symbols={})
+    _refuse_unknown_ops(whole, config)
     compiler = PieceCompiler(config, target_for(devices.pop()), store, lambda conditions, region: ())
     with dynamo.COMPILE_LOCK:
-        call = compiler.compile(piece, None).call
-    return checked_at_first_call(lambda *inputs: call(list(inputs)), graph_module, custom_ops(graph_module))
+        split = split_graph(whole, config.splitting_ops)
+        (pieces,) = compiler.compile_all(split.pieces, (None,), None, {}, lambda done, total: None)
+    run = plan_function(plan_calls(split), [[piece.call for piece in pieces]])
+    return checked_at_first_call(run, graph_module, foreign)
 
 
 def _refuse_what_needs_a_range(config: ResolvedConfig) -> None:
     """Options that would be ignored in silence, since Dynamo alone decides which sizes a graph is for."""
-    asked = {
-        "compile_sizes": config.compile_sizes,
-        "compile_ranges": config.compile_ranges,
-        "splitting_ops": config.splitting_ops if not config.why["splitting_ops"].startswith("level") else (),
-    }
-    for name, value in asked.items():
+    for name, value in {"compile_sizes": config.compile_sizes, "compile_ranges": config.compile_ranges}.items():
         if value:
             raise ConfigError(
                 f"{name}={list(value)} ({config.why[name]}) can't be honoured below Dynamo: torch.compile "
                 "decides which graphs there are, and for which sizes",
                 where=name,
                 hint="use onegraph.compile, or leave it out",
+            )
+
+
+def _refuse_unknown_ops(whole: FlatGraph, config: ResolvedConfig) -> None:
+    """An op that this graph doesn't call may be in another one; one that isn't registered is a mistake."""
+    asked = not config.why["splitting_ops"].startswith("level")
+    for op in missing_ops(whole, config.splitting_ops) if asked else ():
+        namespace, _, name = op.partition("::")
+        if name and not hasattr(getattr(torch.ops, namespace), name):
+            raise ConfigError(
+                f"splitting_ops has {op!r}, and there is no such operator",
+                where="splitting_ops",
+                hint=nearest(op, called_ops(whole)),
             )

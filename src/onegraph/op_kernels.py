@@ -10,12 +10,10 @@ can't be had the references stay, with the reason.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ from onegraph.ir.key import Key
 from onegraph.ir.target import KernelBuild, Target
 from onegraph.log import get_logger
 from onegraph.ops.library import LIBRARY, implement
-from onegraph.store.store import Store
+from onegraph.store.store import Store, outside_the_store
 
 log = get_logger(__name__)
 
@@ -160,13 +158,17 @@ class _Installation:
         assert self.build is not None
         files = self.build.files()
         if self.store is None:
-            return _in_a_temporary_folder(self.target, files), "off", "built; the compile cache is off"
+            return self._load_unkept(files), "off", "built; the compile cache is off"
         try:
             kept = self.store.write(Artifact(self.key, files, seconds=self.seconds))
         except OSError as error:
             log.warning("the attention kernel couldn't be kept in %s: %s", self.store.root, error)
-            return _in_a_temporary_folder(self.target, files), "off", f"built; {self.store.root} can't be written"
+            return self._load_unkept(files), "off", f"built; {self.store.root} can't be written"
         return self.target.load_op_kernels(kept.files), "miss", "built"
+
+    def _load_unkept(self, files: Mapping[str, bytes]) -> Implementations:
+        with outside_the_store(files) as paths:
+            return self.target.load_op_kernels(paths)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
@@ -176,11 +178,3 @@ class _Installation:
             yield
         finally:
             self.seconds += time.perf_counter() - started
-
-
-def _in_a_temporary_folder(target: Target, files: Mapping[str, bytes]) -> Implementations:
-    with tempfile.TemporaryDirectory(prefix="onegraph-op-kernels-") as folder:
-        paths = {name: Path(folder) / name for name in files}
-        for name, contents in files.items():
-            paths[name].write_bytes(contents)
-        return target.load_op_kernels(paths)

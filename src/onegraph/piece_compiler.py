@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from onegraph.compilers import aot_eager, eager, inductor
@@ -24,6 +22,7 @@ from onegraph.compilers.key import machine_factors, piece_key
 from onegraph.compilers.shared_build import SharedBuild
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.counters import counters
+from onegraph.errors import ConfigError
 from onegraph.ir.artifact import Artifact, CompiledPiece, PieceCallable
 from onegraph.ir.autotune import TunedChoice
 from onegraph.ir.key import Key, Unkeyable
@@ -34,7 +33,7 @@ from onegraph.ir.target import Target
 from onegraph.log import get_logger
 from onegraph.op_kernels import install_op_kernels, uses_own_ops
 from onegraph.store.choices import Choices
-from onegraph.store.store import Store
+from onegraph.store.store import Store, outside_the_store
 from onegraph.torch_compat import autotune, shapes
 from onegraph.torch_compat.specialised_sizes import NotSpecialisedError, specialised_graph
 from onegraph.torch_compat.structured_trace import trace_text
@@ -67,8 +66,8 @@ class PieceCompiler:
     def compile_all(
         self,
         pieces: Sequence[Piece],
-        regions: Sequence[Region],
-        general: Region,
+        regions: Sequence[Region | None],
+        general: Region | None,
         dims: Mapping[str, str],
         progress: Callable[[int, int], None],
     ) -> tuple[tuple[CompiledPiece, ...], ...]:
@@ -76,8 +75,11 @@ class PieceCompiler:
 
         `general` is the region for which the pieces were captured; a piece that can't be made for fewer sizes, or
         has no size that the region narrows, has one artifact for all regions. `dims` names the dim that a symbol
-        stands for. `progress(done, total)` counts the distinct pieces of all regions. Raises as `compile`.
+        stands for. `progress(done, total)` counts the distinct pieces of all regions. A region of None is that of a
+        graph without declared dims. Needs `torch_compat.dynamo.compile_scope`. Raises CompileError, ConfigError for
+        `eager_pieces` that there aren't, ConstraintError.
         """
+        self._refuse_unknown_pieces(pieces)
         notes = {piece.index: self._kernels_of_ops(piece) for piece in pieces}  # before any piece's lock is held
         identities = [None if self._runs_eager(piece) else _identity(piece, dims) for piece in pieces]
         for_all: dict[int, _Compiling | CompiledPiece] = {}
@@ -130,15 +132,21 @@ class PieceCompiler:
     def _begin_for_region(
         self,
         piece: Piece,
-        region: Region,
-        general: Region,
+        region: Region | None,
+        general: Region | None,
         dims: Mapping[str, str],
         for_all: dict[int, _Compiling | CompiledPiece],
         notes: dict[int, tuple[str, ...]],
         builds: _Builds,
     ) -> _Compiling | CompiledPiece:
         narrower = piece
-        if region != general and not self._runs_eager(piece) and self.config.backend != "eager":
+        if (
+            region is not None
+            and general is not None
+            and region != general
+            and not self._runs_eager(piece)
+            and self.config.backend != "eager"
+        ):
             try:
                 narrower = specialised_piece(piece, region, general, dims)
             except NotSpecialisedError as error:
@@ -151,13 +159,14 @@ class PieceCompiler:
             for_all[piece.index] = made
         return for_all[piece.index]
 
-    def compile(self, piece: Piece, region: Region | None) -> CompiledPiece:
-        """Needs `torch_compat.dynamo.compile_scope`. Raises CompileError, ConstraintError."""
-        notes = self._kernels_of_ops(piece)
-        with _Builds(self.target) as builds:
-            begun = self._begin(piece, region, builds)
-            made = begun if isinstance(begun, CompiledPiece) else begun.finish()
-        return replace(made, notes=notes)
+    def _refuse_unknown_pieces(self, pieces: Sequence[Piece]) -> None:
+        for index in self.config.eager_pieces:
+            if index >= len(pieces):
+                raise ConfigError(
+                    f"eager_pieces has {index}, and the graph's pieces are 0..{len(pieces) - 1}",
+                    where="eager_pieces",
+                    hint="`onegraph explain` lists them",
+                )
 
     def _begin(self, piece: Piece, region: Region | None, builds: _Builds) -> _Compiling | CompiledPiece:
         started = time.perf_counter()
@@ -287,10 +296,7 @@ class PieceCompiler:
                 return inductor.load_artifact(files, artifact.aliases, artifact.layouts, self.target), True
             except OSError as error:
                 log.warning("the artifact couldn't be kept in %s: %s", self.store.root, error)
-        with tempfile.TemporaryDirectory(prefix="onegraph-artifact-") as folder:
-            files = {name: Path(folder) / name for name in artifact.files}
-            for name, contents in artifact.files.items():
-                files[name].write_bytes(contents)
+        with outside_the_store(artifact.files) as files:
             return inductor.load_artifact(files, artifact.aliases, artifact.layouts, self.target), False
 
 
@@ -388,11 +394,13 @@ def specialised_piece(piece: Piece, region: Region, general: Region, dims: Mappi
 
 def _identity(piece: Piece, dims: Mapping[str, str]) -> Identity | None:
     """Equal for pieces that one artifact is right for; None for a piece that can't be compared with others."""
-    text = graph_text(piece.graph_module, piece.fake_mode.shape_env)
+    shape_env = piece.fake_mode.shape_env
+    text = graph_text(piece.graph_module, shape_env)
     if isinstance(text, Unkeyable):
         return None
-    sizes = [size for value in piece.fake_inputs for size in (getattr(value, "shape", None) or [value])]
-    symbols = dict.fromkeys(name for size in sizes for name in sorted(shapes.symbol_names(size)))
+    symbols = dict.fromkeys(
+        name for value in piece.fake_inputs for name in sorted(shapes.symbols_of([value], shape_env))
+    )
     return text, tuple(dims.get(symbol) for symbol in symbols)
 
 

@@ -31,7 +31,6 @@ from onegraph.errors import ConfigError, ConstraintError, nearest
 from onegraph.explanation import Explanation
 from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.ledger import CheckedWhen, Ledger, ShapeEntry
-from onegraph.ir.piece import SplitGraph
 from onegraph.ir.region import Region, general_region
 from onegraph.ir.target import Target
 from onegraph.piece_compiler import PieceCompiler
@@ -165,7 +164,6 @@ def _specialise(
     with stages.stage("split"):
         _refuse_unknown_ops(captured, config)
         split = split_graph(captured, config.splitting_ops)
-        _refuse_unknown_pieces(split, config)
 
     def check_sizes(conditions: list[shapes.RawCondition], part: Region | None) -> tuple[ShapeEntry, ...]:
         known = {entry.expr for entry in captured.ledger.shapes}
@@ -213,16 +211,6 @@ def _refuse_unknown_ops(captured: CapturedGraph, config: ResolvedConfig) -> None
             where="splitting_ops",
             hint=nearest(op, called_ops(captured)),
         )
-
-
-def _refuse_unknown_pieces(split: SplitGraph, config: ResolvedConfig) -> None:
-    for index in config.eager_pieces:
-        if index >= len(split.pieces):
-            raise ConfigError(
-                f"eager_pieces has {index}, and the graph's pieces are 0..{len(split.pieces) - 1}",
-                where="eager_pieces",
-                hint="`onegraph explain` lists them",
-            )
 
 
 def _cover(specialise: Callable[[Sizing], Specialised], config: ResolvedConfig) -> list[Specialised]:

@@ -69,6 +69,55 @@ def test_the_backend_takes_options_and_graph_breaks() -> None:
         torch.compile(model, backend="onegraph", options={"backendd": "eager"})(torch.ones(5))
 
 
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.sin(torch.relu(layer(x)) + x)
+        return x
+
+
+def test_the_backend_splits_and_compiles_equal_pieces_once(fresh_cache: Any) -> None:
+    module, splits = Tower(), {"splitting_ops": ["torch.sin"]}
+    for found in ({"inductor_compiles": 1, "store_writes": 1}, {"inductor_compiles": 0, "store_hits": 1}):
+        torch._dynamo.reset()
+        stock = torch.compile(module, backend="onegraph", dynamic=True, options=splits)
+        with torch.no_grad(), counters.expect(**found):
+            for size in (3, 8, 100):
+                x = torch.randn(size, 4)
+                torch.testing.assert_close(stock(x), module(x))
+
+
+def test_the_backend_changes_what_the_module_changes_across_pieces(fresh_cache: Any) -> None:
+    def model(x: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = seen[1:]
+        y = torch.sin(x * 2)
+        rows.add_(y.sum())
+        return torch.sin(y) + rows.sum(), rows
+
+    stock = torch.compile(model, backend="onegraph", dynamic=True, options={"splitting_ops": ["torch.sin"]})
+    with torch.no_grad():
+        for size in (3, 8):
+            x, seen, expected_seen = torch.randn(size, 4), torch.ones(5), torch.ones(5)
+            torch.testing.assert_close(stock(x, seen), model(x, expected_seen))
+            torch.testing.assert_close(seen, expected_seen)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"splitting_ops": ["onegraph::paged_attentoin"]}, "there is no such operator"),
+        ({"splitting_ops": ["torch.sin"], "eager_pieces": [11]}, "pieces are 0..9"),
+    ],
+)
+def test_the_backend_refuses_what_it_cannot_do(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=message), torch.no_grad():
+        torch.compile(Tower(), backend="onegraph", options=options)(torch.ones(3, 4))
+
+
 def test_the_backend_refuses_gradients() -> None:
     compiled = torch.compile(nn.Linear(3, 3), backend="onegraph")
     with pytest.raises(Exception, match="needs gradients"):

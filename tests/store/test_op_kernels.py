@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,36 @@ facts = {"counters": counters.snapshot(), "attention": lines["attention"], "note
 print(json.dumps({**facts, "summary": llm.summary(), "text": output.outputs[0].text}))
 """
 
+INSTALL = """
+import resource, sys
+from onegraph.api import open_store
+from onegraph.op_kernels import install_op_kernels, op_kernels_begun
+from onegraph.targets import target_for
 
-def start(root: Path, **variables: str) -> dict[str, Any]:
-    """Runs the program in a process of its own."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ONEGRAPH_")}
-    environment.update({"ONEGRAPH_CACHE_ROOT": str(root), **variables})
-    result = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+target, store = target_for("cpu"), open_store()
+with op_kernels_begun(target, store):
+    print("begun", flush=True)
+    if sys.argv[1:]:  # from now on no file takes more than these bytes, as on a disk that has become full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+    found = install_op_kernels(target, store)
+print(found.is_installed, found.store, found.why)
+"""
+
+
+def environment_with(root: Path, **variables: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("ONEGRAPH_")}
+    return {**kept, "ONEGRAPH_CACHE_ROOT": str(root), **variables}
+
+
+def start(root: Path, file_kilobytes: int | None = None, **variables: str) -> dict[str, Any]:
+    """Runs the program in a process of its own, in which no file takes more than `file_kilobytes`."""
+    limit = "" if file_kilobytes is None else f"ulimit -f {file_kilobytes}; "
+    result = subprocess.run(
+        ["bash", "-c", f'{limit}exec "$@"', "bash", sys.executable, "-c", PROGRAM],
+        env=environment_with(root, **variables),
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     facts: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     facts["stderr"] = result.stderr
@@ -90,3 +115,41 @@ def test_with_the_cache_off_it_is_built_and_not_kept(tmp_path: Path) -> None:
     facts = start(tmp_path / "root", ONEGRAPH_DISABLE_COMPILE_CACHE="1")
     assert facts["counters"]["gxx_runs"] == 1 and "the compile cache is off" in facts["attention"]
     assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("kilobytes", [4, 100], ids=["no room for the source", "no room for the library"])
+def test_on_a_full_disk_the_reference_runs_and_says_why(
+    cold: tuple[Path, dict[str, Any]], tmp_path: Path, kilobytes: int
+) -> None:
+    facts = start(tmp_path / "root", file_kilobytes=kilobytes)
+    assert facts["text"] == cold[1]["text"] and facts["attention"].split(maxsplit=1)[1] == "plain PyTorch"
+    (note,) = [note for note in facts["notes"] if "attention" in note]
+    assert ("File too large" if kilobytes == 4 else "File size limit") in note
+
+
+def test_a_disk_that_became_full_while_it_was_built_is_told(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", INSTALL, "4096"], env=environment_with(tmp_path / "root"), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "False off" in result.stdout and "what was built can't be written" in result.stdout
+    assert "couldn't be kept in" in result.stderr and not list((tmp_path / "root").rglob("*.so"))
+
+
+def test_a_start_that_is_killed_costs_the_next_one_nothing_but_its_own_build(tmp_path: Path) -> None:
+    """Killed at different moments of one cold start, with the compiler left running or the store half written."""
+    root = tmp_path / "root"
+    for seconds in (0.0, 1.0, 3.5):
+        victim = subprocess.Popen(
+            [sys.executable, "-c", INSTALL], env=environment_with(root), stdout=subprocess.PIPE, text=True
+        )
+        assert victim.stdout is not None and victim.stdout.readline() == "begun\n"
+        time.sleep(seconds)
+        victim.kill()
+        victim.communicate()
+    for wanted in ("True miss", "True hit"):
+        done = subprocess.run(
+            [sys.executable, "-c", INSTALL], env=environment_with(root), capture_output=True, text=True
+        )
+        assert wanted in done.stdout or "True hit" in done.stdout, "the last victim may have finished"
+        assert not done.stderr and not (root / "quarantine").exists()

@@ -140,21 +140,7 @@ def _captured_graph(
     compared = [(pair.left, pair.right) for pair in raw.identities.compared]
     reads = argument_reads(raw.guards, raw.asked, inputs, scope)
     contract = input_contract(inputs, fakes, symbols, required_alignment, compared, reads)
-    state = state_reads(
-        raw.guards,
-        called=module,
-        function=function,
-        owner=owner,
-        inputs=inputs,
-        weights=weights,
-        globals_read=raw.globals_read,
-        traced_code=raw.traced_code,
-        builtins=raw.builtins,
-        counters=frozenset(raw.sources) & {source for state in raw.counted for source in state.sources},
-        folded=raw.folded,
-        identities=raw.identities,
-        stored_attributes=raw.stored_attributes,
-    )
+    state = state_reads(raw, called=module, function=function, owner=owner, inputs=inputs, weights=weights)
     residual_self = () if owner is None else (owner,)
 
     def make_callable(run: Callable[..., Any]) -> Callable[..., Any]:

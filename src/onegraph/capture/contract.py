@@ -89,30 +89,19 @@ def input_contract(
         if _GENERATED_NAMES.fullmatch(name):
             raise CaptureError(f"an argument is named {name!r}, as the checks of the call are", hint="rename it")
     code = _Code()
-    for device in sorted({"cpu", *(x.value.device.type for x in inputs.leaves if isinstance(x.value, torch.Tensor))}):
-        state = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        on = f"_autocast_enabled({device!r})"
-        lost = f" or _autocast_dtype({device!r}) is not {code.constant(state[1])}" if state[0] else ""
-        code.check(f"{on} is not {state[0]}{lost}", f"({on},)", f"autocast on {device}", "state", state)
+    _check_autocast(code, inputs)
     _check_containers(code, inputs.containers)
     first: dict[int, Leaf] = {}
     for leaf in inputs.leaves:
-        if isinstance(leaf.value, torch.Tensor):
-            twin = first.setdefault(id(leaf.value), leaf)
-            if twin is not leaf:
-                code.check(
-                    f"{leaf.code} is not {twin.code}",
-                    leaf.code,
-                    leaf.path,
-                    "tensor",
-                    f"{twin.path} itself",
-                    shared=True,
-                )
-            _check_tensor(
-                code, leaf, fakes.get(leaf.source, fakes.get(leaf.indexed_source)), symbols, required_alignment
-            )
-        else:
+        if not isinstance(leaf.value, torch.Tensor):
             _check_constant(code, leaf)
+            continue
+        twin = first.setdefault(id(leaf.value), leaf)
+        if twin is not leaf:
+            expected = f"{twin.path} itself"
+            code.check(f"{leaf.code} is not {twin.code}", leaf.code, leaf.path, "tensor", expected, shared=True)
+        fake = fakes.get(leaf.source, fakes.get(leaf.indexed_source))
+        _check_tensor(code, leaf, fake, symbols, required_alignment)
     by_source = {source: leaf for leaf in inputs.leaves for source in (leaf.source, leaf.indexed_source)}
     for left, right in compared:
         one, other = by_source.get(left), by_source.get(right)
@@ -123,43 +112,49 @@ def input_contract(
         _check_read(code, read)
     parameters, call = _signature_code(inputs, code)
     fast = fast_path(inputs, code.constant, code.shared, code.sizes, required_alignment)
-    sizes = [code.sizes.get(dim.name) for dim in inputs.dims]
+    return Contract(tuple(code.entries), functools.partial(_entry, code, inputs.dims, fast, parameters, call))
 
-    def bind(calls: Sequence[tuple[str | None, Callable[..., Any]]]) -> Callable[..., Any]:
-        chosen = []
-        for index, (predicate, _) in enumerate(calls):
-            condition = ""
-            if predicate is not None and re.search("[/%]|Mod|Div", predicate):  # by a size of 0, perhaps
-                code.names[f"_holds{index}"] = holds(predicate, inputs.dims)
-                condition = f"if _holds{index}(({', '.join(f'{size}' for size in sizes)},)): "
-            elif predicate is not None:
-                condition = f"if {predicate_code(predicate, inputs.dims, sizes)}: "
-            chosen.append(f"    {condition}return _call{index}({call})")
-        quick = [] if fast is None else [_FAST.format(fast), *(f"    {line}" for line in chosen)]
-        refused = f"    _uncovered(({''.join(f'{size}, ' for size in sizes)}))"
-        source = "\n".join([f"def entry({parameters}):", *quick, *code.lines, *chosen, refused])
-        namespace = {
-            **code.names,
-            **{f"_call{index}": target for index, (_, target) in enumerate(calls)},
-            **PREDICATE_FUNCTIONS,
-            "_uncovered": functools.partial(_uncovered, inputs.dims),
-            "_break": _break,
-            "_changed": _changed,
-            "_differs": differs,
-            "_outside": _outside,
-            "_grad_enabled": torch.is_grad_enabled,
-            "_no_gradients": _no_gradients,
-            "_autocast_enabled": torch.is_autocast_enabled,
-            "_autocast_dtype": torch.get_autocast_dtype,
-            "_Tensor": torch.Tensor,
-            "_Parameter": torch.nn.Parameter,
-            **{f"_{name}": getattr(builtins, name) for name in ("type", "list", "len", "isinstance", "id")},
-        }
-        exec(compile(source, "<onegraph input contract>", "exec"), namespace)  # noqa: S102 - our own text
-        entry: Callable[..., Any] = namespace["entry"]
-        return entry
 
-    return Contract(tuple(code.entries), bind)
+def _entry(
+    code: _Code,
+    dims: tuple[DynamicDim, ...],
+    fast: str | None,
+    parameters: str,
+    call: str,
+    calls: Sequence[tuple[str | None, Callable[..., Any]]],
+) -> Callable[..., Any]:
+    """The function `entry(parameters)` that checks, and calls the first of `calls` whose predicate holds."""
+    sizes = [code.sizes.get(dim.name) for dim in dims]
+    chosen = []
+    for index, (predicate, _) in enumerate(calls):
+        condition = ""
+        if predicate is not None and re.search("[/%]|Mod|Div", predicate):  # by a size of 0, perhaps
+            code.names[f"_holds{index}"] = holds(predicate, dims)
+            condition = f"if _holds{index}(({', '.join(f'{size}' for size in sizes)},)): "
+        elif predicate is not None:
+            condition = f"if {predicate_code(predicate, dims, sizes)}: "
+        chosen.append(f"    {condition}return _call{index}({call})")
+    quick = [] if fast is None else [_FAST.format(fast), *(f"    {line}" for line in chosen)]
+    refused = f"    _uncovered(({''.join(f'{size}, ' for size in sizes)}))"
+    source = "\n".join([f"def entry({parameters}):", *quick, *code.lines, *chosen, refused])
+    namespace = {
+        **code.names,
+        **{f"_call{index}": target for index, (_, target) in enumerate(calls)},
+        **PREDICATE_FUNCTIONS,
+        **_CALLED,
+        "_uncovered": functools.partial(_uncovered, dims),
+    }
+    exec(compile(source, "<onegraph input contract>", "exec"), namespace)  # noqa: S102 - our own text
+    entry: Callable[..., Any] = namespace["entry"]
+    return entry
+
+
+def _check_autocast(code: _Code, inputs: CallInputs) -> None:
+    for device in sorted({"cpu", *(x.value.device.type for x in inputs.leaves if isinstance(x.value, torch.Tensor))}):
+        state = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        on = f"_autocast_enabled({device!r})"
+        lost = f" or _autocast_dtype({device!r}) is not {code.constant(state[1])}" if state[0] else ""
+        code.check(f"{on} is not {state[0]}{lost}", f"({on},)", f"autocast on {device}", "state", state)
 
 
 def _check_read(code: _Code, read: StateRead) -> None:
@@ -404,3 +399,19 @@ def _no_gradients(path: str) -> None:
         where=f"argument {path}",
         hint="call under torch.no_grad() or torch.inference_mode(), or pass tensor.detach()",
     )
+
+
+_CALLED = {
+    "_break": _break,
+    "_changed": _changed,
+    "_differs": differs,
+    "_outside": _outside,
+    "_grad_enabled": torch.is_grad_enabled,
+    "_no_gradients": _no_gradients,
+    "_autocast_enabled": torch.is_autocast_enabled,
+    "_autocast_dtype": torch.get_autocast_dtype,
+    "_Tensor": torch.Tensor,
+    "_Parameter": torch.nn.Parameter,
+    **{f"_{name}": getattr(builtins, name) for name in ("type", "list", "len", "isinstance", "id")},
+}
+"""What the generated checks call, by the names that they have there."""

@@ -27,9 +27,10 @@ from onegraph.env import process_variables
 from onegraph.errors import CaptureError
 from onegraph.ir.graph import WeightInput
 from onegraph.ir.ledger import CheckedWhen, StateEntry, StateRead
+from onegraph.torch_compat.dynamo import RawCapture
 from onegraph.torch_compat.folds import FoldedCall
 from onegraph.torch_compat.guards import GuardFact
-from onegraph.torch_compat.identity import Identities, Places
+from onegraph.torch_compat.identity import Places
 from onegraph.torch_compat.lookups import UsedBuiltin
 from onegraph.torch_compat.shapes import is_torch_file
 from onegraph.torch_compat.torch_state import GLOBAL_READS
@@ -48,100 +49,113 @@ _BUILTIN = (dict, list, tuple)
 
 
 def state_reads(
-    facts: tuple[GuardFact, ...],
+    raw: RawCapture,
     *,
     called: Any,
     function: Any,
     owner: Any,
     inputs: CallInputs,
     weights: tuple[WeightInput, ...],
-    globals_read: Mapping[str, Any],
-    traced_code: Iterable[types.CodeType],
-    builtins: Iterable[UsedBuiltin],
-    counters: frozenset[str],
-    folded: Iterable[FoldedCall],
-    identities: Identities,
-    stored_attributes: frozenset[str],
 ) -> tuple[StateRead, ...]:
     """One read for each fact of the trace that isn't about an argument, in a stable order.
 
     Every object that was read must be the same object again: a trace has answers to `a is b` in it, and the order
-    of writes to objects that are two. But for those at one of the `stored_attributes`, which calls replace.
+    of writes to objects that are two. But for those at an attribute that residual code sets, which calls replace.
 
     `called` is what the user calls, `function` is what of it was traced, and `owner` the `self` of that, or None.
-    `counters` are the ints that are inputs of the graph.
 
     Raises CaptureError for a value that the trace read and that can't be read again, and for an argument that was
     compared with a tensor of the module.
     """
-    scope = scope_of(function, owner, inputs, globals_read)
-    by_tensor = {id(weight.holder[weight.key]): weight for weight in weights}
-    codes = set(traced_code)
-    asks_for_gradients = any("requires_grad" in code.co_names for code in codes if not is_torch_file(code.co_filename))
-    environment_user: str | None = None
-    reads: list[StateRead] = []
-    classes: dict[int, type] = {id(one.kind): one.kind for one in inputs.containers if one.kind not in _BUILTIN}
-    if owner is not None:
-        classes[id(type(owner))] = type(owner)
-    objects = _Objects(stored_attributes)
-    for fact in _with_other_places(facts, identities.same):
-        expression = rooted_expression(fact.name, scope)
-        if expression is None and fact.kind == "ID_MATCH":
-            raise CaptureError(
-                f"the module asks for id({as_written(fact.name, scope)}), and that is an argument",
-                where=fact.user,
-                hint="compare tensors with `is`, or ask outside of the module and pass the answer as an argument",
-            )
-        if expression is None:
-            continue
-        try:
-            value = evaluate(expression[0], expression[1])
-        except Exception as error:
-            raise CaptureError(
-                f"{as_written(fact.name, scope)} was read while tracing, and can't be read again: {error!r}",
-                where=fact.user,
-                hint="keep such a value in a plain attribute, or pass it as an argument",
-            ) from error
-        shown = as_written(fact.name, scope)
-        if value is process_variables():
-            environment_user = environment_user or fact.user
-        pinned = objects.add(expression, value, shown, fact.user)
-        reads += [pinned] if pinned is not None else []
-        known = pinned is not None or expression[0] in objects.volatile
-        told = (fact.kind == "SAME" and known) or (fact.kind == "TYPE_MATCH" and pinned is not None)
-        if isinstance(value, torch.Tensor) or not told:
-            read = object_read(fact, expression, value, by_tensor, shown)
-            reads += [read] if read is not None else []
-        if fact.name in counters:  # an input, of which torch assumes that it isn't negative
-            reads.append(
-                state_read(
-                    f"the sign of {shown}", fact.user, expression, "{x} < 0", lambda now: "< 0" if now < 0 else ">= 0"
-                )
-            )
-        if isinstance(value, torch.Tensor) and asks_for_gradients:
-            flag = f"{expression[0]}.requires_grad", expression[1]
-            reads.append(
-                state_read(f"{shown}.requires_grad", fact.user, flag, f"{{x}} is not {value.requires_grad}", described)
-            )
-        if fact.kind == "TYPE_MATCH" and type(value) not in _BUILTIN:
-            classes[id(type(value))] = type(value)
-        elif isinstance(value, type):
-            classes[id(value)] = value
-        elif not isinstance(value, torch.Tensor) and type(value).__flags__ & _IS_HEAP_TYPE:
-            classes[id(type(value))] = type(value)
-    reads += _compared_reads(identities.compared, scope)
-    reads += objects.replaced()
-    reads += _method_reads(classes.values(), codes)
+    scope = scope_of(function, owner, inputs, raw.globals_read)
+    codes = set(raw.traced_code)
+    kinds = [one.kind for one in inputs.containers if one.kind not in _BUILTIN]
+    facts = _FactReader(raw, scope, weights, kinds if owner is None else [*kinds, type(owner)])
+    for fact in _with_other_places(raw.guards, raw.identities.same):
+        facts.read(fact)
+    reads = facts.reads
+    reads += _compared_reads(raw.identities.compared, scope)
+    reads += facts.objects.replaced()
+    reads += _method_reads(facts.classes.values(), codes)
     reads += _function_reads(function.__qualname__, function, root(function))
     if isinstance(owner, torch.nn.Module):
         reads += _owner_reads(owner)
     if isinstance(called, torch.nn.Module) and function is forward_of(called):
         reads += _forward_reads(called, owner, function)
-    reads += _environment_reads(codes, environment_user)
-    reads += map(_builtin_read, builtins)
-    reads += _global_reads(reads_grad_mode(facts))
-    reads += map(_fold_read, folded)
+    reads += _environment_reads(codes, facts.environment_user)
+    reads += map(_builtin_read, raw.builtins)
+    reads += _global_reads(reads_grad_mode(raw.guards))
+    reads += map(_fold_read, raw.folded)
     return _distinct(reads)
+
+
+class _FactReader:
+    """Reads what facts are about, one after the other.
+
+    `classes` are those of all objects met, whose methods the trace may have called; `environment_user` is the user's
+    line that read the process's variables.
+    """
+
+    def __init__(self, raw: RawCapture, scope: Scope, weights: tuple[WeightInput, ...], classes: list[type]) -> None:
+        self.scope = scope
+        self.by_tensor = {id(weight.holder[weight.key]): weight for weight in weights}
+        self.counters = set(raw.sources) & {source for state in raw.counted for source in state.sources}
+        own_code = (code for code in raw.traced_code if not is_torch_file(code.co_filename))
+        self.asks_for_gradients = any("requires_grad" in code.co_names for code in own_code)
+        self.objects = _Objects(raw.stored_attributes)
+        self.classes: dict[int, type] = {id(one): one for one in classes}
+        self.environment_user: str | None = None
+        self.reads: list[StateRead] = []
+
+    def read(self, fact: GuardFact) -> None:
+        """Adds the reads for a fact. Raises CaptureError."""
+        expression = rooted_expression(fact.name, self.scope)
+        if expression is None:
+            self._refuse_identity_of_argument(fact)
+            return
+        shown = as_written(fact.name, self.scope)
+        try:
+            value = evaluate(expression[0], expression[1])
+        except Exception as error:
+            raise CaptureError(
+                f"{shown} was read while tracing, and can't be read again: {error!r}",
+                where=fact.user,
+                hint="keep such a value in a plain attribute, or pass it as an argument",
+            ) from error
+        if value is process_variables():
+            self.environment_user = self.environment_user or fact.user
+        pinned = self.objects.add(expression, value, shown, fact.user)
+        self.reads += [pinned] if pinned is not None else []
+        known = pinned is not None or expression[0] in self.objects.volatile
+        told = (fact.kind == "SAME" and known) or (fact.kind == "TYPE_MATCH" and pinned is not None)
+        if isinstance(value, torch.Tensor) or not told:
+            read = object_read(fact, expression, value, self.by_tensor, shown)
+            self.reads += [read] if read is not None else []
+        if fact.name in self.counters:  # an input, of which torch assumes that it isn't negative
+            sign = state_read(
+                f"the sign of {shown}", fact.user, expression, "{x} < 0", lambda now: "< 0" if now < 0 else ">= 0"
+            )
+            self.reads.append(sign)
+        if isinstance(value, torch.Tensor) and self.asks_for_gradients:
+            flag, is_not = (f"{expression[0]}.requires_grad", expression[1]), f"{{x}} is not {value.requires_grad}"
+            self.reads.append(state_read(f"{shown}.requires_grad", fact.user, flag, is_not, described))
+        self._note_class(fact, value)
+
+    def _refuse_identity_of_argument(self, fact: GuardFact) -> None:
+        if fact.kind == "ID_MATCH":
+            raise CaptureError(
+                f"the module asks for id({as_written(fact.name, self.scope)}), and that is an argument",
+                where=fact.user,
+                hint="compare tensors with `is`, or ask outside of the module and pass the answer as an argument",
+            )
+
+    def _note_class(self, fact: GuardFact, value: Any) -> None:
+        if fact.kind == "TYPE_MATCH" and type(value) not in _BUILTIN:
+            self.classes[id(type(value))] = type(value)
+        elif isinstance(value, type):
+            self.classes[id(value)] = value
+        elif not isinstance(value, torch.Tensor) and type(value).__flags__ & _IS_HEAP_TYPE:
+            self.classes[id(type(value))] = type(value)
 
 
 def _with_other_places(facts: Iterable[GuardFact], same: Iterable[Places]) -> Iterator[GuardFact]:

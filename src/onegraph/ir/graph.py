@@ -1,4 +1,4 @@
-"""CapturedGraph: one full graph of a module, with its weights as inputs, and all that it assumes."""
+"""FlatGraph: a graph to split and compile. CapturedGraph: a module's whole graph, and all that it assumes."""
 
 from __future__ import annotations
 
@@ -29,27 +29,36 @@ class WeightInput:
 
 
 @dataclass(frozen=True)
-class CapturedGraph:
+class FlatGraph:
+    """A graph that takes tensors and sizes as placeholders, and returns a flat tuple.
+
+    `fake_inputs` are their symbolic values, one for each placeholder, in `fake_mode`. `symbols` are those of the
+    declared `dims`, where there are any.
+    """
+
+    graph_module: torch.fx.GraphModule
+    fake_inputs: tuple[Any, ...]
+    fake_mode: Any
+    dims: tuple[DynamicDim, ...]
+    symbols: dict[str, str]
+    """Symbol of torch (`u0`) -> name of the declared dim."""
+
+
+@dataclass(frozen=True)
+class CapturedGraph(FlatGraph):
     """The result of capture.
 
-    `graph_module` takes the weights first and then the inputs that Dynamo found (sizes as ints, tensors), all
-    as placeholders, and returns a flat tuple. `fake_inputs` are their symbolic values, one for each
-    placeholder, in `fake_mode`. `make_callable(run)` gives a function with the signature of the traced
+    `graph_module` takes the weights first and then the inputs that Dynamo found (sizes as ints, tensors).
+    `make_callable(run)` gives a function with the signature of the traced
     function (with its `self`) that calls `run(*inputs)` and then redoes the function's Python effects and
     rebuilds its result; it has no Dynamo in it. `bind_entry(calls)` puts the checks of the input contract in
     front of such functions, each with the predicate of the sizes that it is for, or None for all.
     """
 
-    graph_module: torch.fx.GraphModule
     weights: tuple[WeightInput, ...]
     input_names: tuple[str, ...]
-    fake_inputs: tuple[Any, ...]
-    fake_mode: Any
-    dims: tuple[DynamicDim, ...]
     sized: tuple[SizedArgument, ...]
     """The arguments that the declared dims belong to."""
-    symbols: dict[str, str]
-    """Symbol of torch (`u0`) -> name of the declared dim."""
     ledger: Ledger
     state: tuple[StateRead, ...]
     """How the ledger's entries of Python state are checked."""

@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 import torch
 
-from onegraph.ir.graph import CapturedGraph
+from onegraph.ir.graph import FlatGraph
 
 
 @dataclass(frozen=True)
 class Piece:
     """One part of the graph. `graph_module` takes the placeholders of `fake_inputs` and returns a tuple.
 
-    `inputs` and `outputs` are the names of the captured graph's values that come in and go out, in order; `why` says
+    `inputs` and `outputs` are the names of the whole graph's values that come in and go out, in order; `why` says
     what made it a piece of its own, with the user's line; `module_path` is the module that its operations share.
     """
 
@@ -33,11 +33,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class SplitGraph:
-    """The pieces in the order in which they run; together they compute what `captured` computes.
+    """The pieces in the order in which they run; together they compute what `whole` computes.
 
-    `results` are the captured graph's outputs: the name of a value, or a constant that isn't a string.
+    `results` are the whole graph's outputs: the name of a value, or a constant that isn't a string.
     """
 
-    captured: CapturedGraph
+    whole: FlatGraph
     pieces: tuple[Piece, ...]
     results: tuple[Any, ...]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from onegraph.ir.graph import CapturedGraph
+from onegraph.ir.graph import FlatGraph
 from onegraph.ir.piece import SplitGraph
 from onegraph.ir.plan import ExecutionPlan, PlanCall
 from onegraph.torch_compat import shapes
@@ -27,15 +27,15 @@ def plan_calls(split: SplitGraph) -> ExecutionPlan:
         frees = tuple(name for name in ends if name in made and name not in kept)
         comment = ", ".join(part for part in (piece.kind, piece.why or piece.module_path) if part)
         calls.append(PlanCall(piece.index, piece.inputs, piece.outputs, frees, comment))
-    names = tuple(node.name for node in split.captured.graph_module.graph.find_nodes(op="placeholder"))
-    return ExecutionPlan(names, tuple(calls), split.results, _size(split.captured, names))
+    names = tuple(node.name for node in split.whole.graph_module.graph.find_nodes(op="placeholder"))
+    return ExecutionPlan(names, tuple(calls), split.results, _size(split.whole, names))
 
 
-def _size(captured: CapturedGraph, names: tuple[str, ...]) -> str | None:
+def _size(whole: FlatGraph, names: tuple[str, ...]) -> str | None:
     """Where the inputs show the size of the first declared dim."""
-    first = {symbol for symbol, dim in captured.symbols.items() if captured.dims and dim == captured.dims[0].name}
+    first = {symbol for symbol, dim in whole.symbols.items() if whole.dims and dim == whole.dims[0].name}
     found = []
-    for name, value in zip(names, captured.fake_inputs, strict=True):
+    for name, value in zip(names, whole.fake_inputs, strict=True):
         lengths = value.shape if isinstance(value, torch.Tensor) else [value]
         for index, length in enumerate(lengths):
             if shapes.is_plain_symbol(length) and shapes.symbol_names(length) <= first:

@@ -1,6 +1,6 @@
 """Splits a captured graph into pieces at the splitting ops. Each piece is a graph of its own.
 
-Takes a CapturedGraph and the names of splitting ops. Gives a SplitGraph whose pieces, run in order, compute the same.
+Takes a FlatGraph and the names of splitting ops. Gives a SplitGraph whose pieces, run in order, compute the same.
 What crosses a border are tensors and whole-number sizes; other symbolic values are computed again where they are
 needed. Inputs stand in the order of their first use, so that equal pieces are equal to the letter.
 """
@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, Node
 
 from onegraph.ir.fx_nodes import value_of
-from onegraph.ir.graph import CapturedGraph
+from onegraph.ir.graph import FlatGraph
 from onegraph.ir.piece import Piece, SplitGraph
 from onegraph.split.normalise import normalise
 from onegraph.split.partition import Run, op_name, split_into_runs
@@ -24,46 +24,46 @@ from onegraph.split.shared_memory import changed_storages, eager_reason
 from onegraph.torch_compat import shapes
 
 
-def split_graph(captured: CapturedGraph, splitting_ops: Collection[str]) -> SplitGraph:
+def split_graph(whole: FlatGraph, splitting_ops: Collection[str]) -> SplitGraph:
     """The pieces; one, the graph as it was captured, where none of the splitting ops is in it.
 
-    Normalises `captured.graph_module` in place where it is cut.
+    Normalises `whole.graph_module` in place where it is cut.
     """
-    graph = captured.graph_module.graph
+    graph = whole.graph_module.graph
     found = [node for node in graph.nodes if op_name(node) in splitting_ops]
     runs = []
     if found:
-        normalise(captured.graph_module)
+        normalise(whole.graph_module)
         runs = split_into_runs(graph, splitting_ops)
     (output,) = graph.find_nodes(op="output")
     results = tuple(one.name if isinstance(one, Node) else one for one in output.args[0])
     if len(runs) < 2:
         names = tuple(node.name for node in graph.find_nodes(op="placeholder"))
         values = tuple(dict.fromkeys(one.name for one in output.args[0] if isinstance(one, Node)))
-        whole = Piece(0, "compiled", captured.graph_module, captured.fake_inputs, captured.fake_mode, names, values)
-        return SplitGraph(captured, (whole,), results)
+        piece = Piece(0, "compiled", whole.graph_module, whole.fake_inputs, whole.fake_mode, names, values)
+        return SplitGraph(whole, (piece,), results)
     changed = [changed_storages(run.nodes) for run in runs]
     pieces = tuple(
-        _piece(captured, index, run, splitting_ops, changed[index], set().union(*changed[index + 1 :]))
+        _piece(whole, index, run, splitting_ops, changed[index], set().union(*changed[index + 1 :]))
         for index, run in enumerate(runs)
     )
-    return SplitGraph(captured, pieces, results)
+    return SplitGraph(whole, pieces, results)
 
 
-def missing_ops(captured: CapturedGraph, splitting_ops: Collection[str]) -> tuple[str, ...]:
+def missing_ops(whole: FlatGraph, splitting_ops: Collection[str]) -> tuple[str, ...]:
     """Those of the splitting ops that the graph doesn't call."""
-    called = {op_name(node) for node in captured.graph_module.graph.nodes}
+    called = {op_name(node) for node in whole.graph_module.graph.nodes}
     return tuple(op for op in splitting_ops if op not in called)
 
 
-def called_ops(captured: CapturedGraph) -> tuple[str, ...]:
+def called_ops(whole: FlatGraph) -> tuple[str, ...]:
     """The names of all that the graph calls, as `splitting_ops` takes them."""
-    names = (op_name(node) for node in captured.graph_module.graph.nodes)
+    names = (op_name(node) for node in whole.graph_module.graph.nodes)
     return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
 def _piece(
-    captured: CapturedGraph,
+    whole: FlatGraph,
     index: int,
     run: Run,
     splitting_ops: Collection[str],
@@ -74,7 +74,7 @@ def _piece(
     again = list(_computed_again(run.nodes))
     outside = list(dict.fromkeys(_from_outside([*again, *run.nodes])))
     if not run.splits:
-        outside += _sizes_to_bind(captured.graph_module.graph, outside)
+        outside += _sizes_to_bind(whole.graph_module.graph, outside)
     graph = Graph()
     copies: dict[Node, Node] = {}
     for node in outside:
@@ -82,9 +82,7 @@ def _piece(
             copies[node] = graph.placeholder(node.name)
             copies[node].meta = {"example_value": value_of(node)}
     inputs = tuple(node for node in outside if node.op != "get_attr")
-    attributes = {
-        str(node.target): _attribute(captured.graph_module, node) for node in outside if node.op == "get_attr"
-    }
+    attributes = {str(node.target): _attribute(whole.graph_module, node) for node in outside if node.op == "get_attr"}
     for node in [*(n for n in outside if n.op == "get_attr"), *again, *run.nodes]:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     outputs = [node for node in run.nodes if _crosses(node) and any(user not in nodes for user in node.users)]
@@ -95,7 +93,7 @@ def _piece(
         kind="splitting_op" if run.splits else "compiled",
         graph_module=graph_module,
         fake_inputs=tuple(value_of(node) for node in inputs),
-        fake_mode=captured.fake_mode,
+        fake_mode=whole.fake_mode,
         inputs=tuple(node.name for node in inputs),
         outputs=tuple(node.name for node in outputs),
         why=_why(run, splitting_ops),

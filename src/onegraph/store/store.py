@@ -25,7 +25,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from onegraph.counters import counters
-from onegraph.errors import ArtifactError
+from onegraph.errors import ArtifactError, CompileError
 from onegraph.ir.artifact import Artifact
 from onegraph.log import get_logger
 from onegraph.store.files import put
@@ -162,3 +162,18 @@ class Store:
             os.replace(folder, Path(tempfile.mkdtemp(dir=target, prefix=f"{folder.name[:12]}-")) / folder.name)
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def outside_the_store(files: Mapping[str, bytes]) -> Iterator[dict[str, Path]]:
+    """An artifact's files, where no store keeps them, while it is loaded. Raises CompileError where no disk does."""
+    with tempfile.TemporaryDirectory(prefix="onegraph-artifact-") as folder:
+        paths = {name: Path(folder) / name for name in files}
+        try:
+            for name, contents in files.items():
+                paths[name].write_bytes(contents)
+        except OSError as error:
+            raise CompileError(
+                f"what was built can't be written: {error}", where=folder, hint=f"make room in {tempfile.gettempdir()}"
+            ) from error
+        yield paths

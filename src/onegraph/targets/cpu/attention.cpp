@@ -7,299 +7,19 @@
 // The work is cut into items: some queries of a request, with some heads, over a range of keys. A query of its own
 // reads the keys of all heads where they lie (`attend_by_dots`), in the order of memory, which it waits for. More
 // queries, with the heads that share a key-value head, share tiles of keys and values, which are multiplied from
-// registers (`attend_by_tiles`). Long contexts of few rows are cut into ranges of keys whose results
-// are merged (flash-decoding). How a request is cut depends on its own lengths alone, so that its result doesn't
-// depend on its batch-mates or on the number of threads.
+// registers (`attend_by_tiles`). Where the processor multiplies matrices of bf16, both are done that way instead
+// (attention_amx.h). Long contexts of few rows are cut into ranges of keys whose results are merged (flash-decoding).
+// How a request is cut depends on its own lengths alone, so that its result doesn't depend on its batch-mates or on
+// the number of threads.
 //
 // Letters: T tokens, R requests, H query heads, K key-value heads, G = H / K, D head size, P is D rounded up to whole
 // vectors, N blocks, B block size, M most blocks of a request. A row is a query under one head.
-#include <algorithm>
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <new>
-#include <type_traits>
-#include <vector>
-
-#if defined(__SSE3__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
 
 namespace onegraph {
 
-#if defined(__AVX512F__)
-constexpr int W = 16;                // floats of a vector
-constexpr int MAX_MULTIPLIED = 12;   // rows whose sums stay in registers, two vectors each
-constexpr int MAX_SHARED = 4;        // heads whose sums stay in registers, four vectors each
-#elif defined(__AVX2__)
-constexpr int W = 8;
-constexpr int MAX_MULTIPLIED = 6;
-constexpr int MAX_SHARED = 2;
-#else
-constexpr int W = 4;
-constexpr int MAX_MULTIPLIED = 6;
-constexpr int MAX_SHARED = 2;
-#endif
-constexpr int PANEL = 2 * W;         // keys that are multiplied at a time
-constexpr int TILE_KEYS = 64;        // keys that the rows of an item share while they are in the cache
-constexpr int TILE_ROWS = 192;       // rows of an item
-constexpr int DOT_KEYS = 128;        // keys of a query of its own that are weighed at a time
-constexpr int CHUNK = 8;             // of which so many are read for all heads, one after the other
-constexpr int AHEAD = 2 * CHUNK;     // and so far before they are
-constexpr int MAX_DOT_ROWS = 16;     // from here on, multiplying tiles is faster
-constexpr int64_t SPLIT_KEYS = 128;  // keys of an item where a request has one tile of queries
-constexpr int64_t SERIAL_WORK = 1 << 18;  // multiplications that take less time than starting threads
-constexpr float NOTHING = -std::numeric_limits<float>::infinity();
-constexpr float LOG2_E = 1.44269504088896340736f;
-
-typedef float Floats __attribute__((vector_size(W * 4)));
-typedef float LooseFloats __attribute__((vector_size(W * 4), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(W * 4)));
-typedef uint32_t Words __attribute__((vector_size(W * 4)));
-typedef uint16_t Halves __attribute__((vector_size(W * 2)));
-typedef uint16_t LooseHalves __attribute__((vector_size(W * 2), aligned(2), may_alias));
-typedef float Four __attribute__((vector_size(16)));
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-static inline Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
-static inline void store(float* to, Floats value) { *reinterpret_cast<LooseFloats*>(to) = value; }
-static inline Floats load(const BFloat16* from) {
-#if defined(__AVX512F__)  // the conversion of the compiler's own takes twice as many instructions
-  const Words words = reinterpret_cast<Words>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
-#else
-  const Words words = __builtin_convertvector(*reinterpret_cast<const LooseHalves*>(from), Words);
-#endif
-  return reinterpret_cast<Floats>(words << 16);
-}
-static inline float to_float(float value) { return value; }
-static inline float to_float(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-static inline void store_one(float* to, float value) { *to = value; }
-static inline void store_one(BFloat16* to, float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  to->bits = value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-static inline void store(BFloat16* to, Floats value) {  // to the nearest, ties to even
-  const Words bits = reinterpret_cast<Words>(value);
-  Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Words not_a_number = reinterpret_cast<Words>(value != value);
-  rounded = (rounded & ~not_a_number) | (not_a_number & 0x7fc0);
-  *reinterpret_cast<LooseHalves*>(to) = __builtin_convertvector(rounded, Halves);
-}
-
+// The queries of an item as fp32 rows, with the scale and log2(e).
 template <typename T>
-static inline void widen(const T* from, float* to, int64_t size, int64_t padded) {
-  int64_t d = 0;
-  for (; d + W <= size; d += W) store(to + d, load(from + d));
-  for (; d < size; d++) to[d] = to_float(from[d]);
-  for (; d < padded; d++) to[d] = 0;
-}
-
-template <typename T>
-static inline void scale_into(T* to, const float* from, float factor, int64_t size) {
-  int64_t d = 0;
-  for (; d + W <= size; d += W) store(to + d, load(from + d) * factor);
-  for (; d < size; d++) store_one(to + d, from[d] * factor);
-}
-
-template <typename F>
-static inline Four fold(Floats value, F&& combine) {
-  Four parts[W / 4];
-  std::memcpy(parts, &value, sizeof(parts));
-  if constexpr (W == 16) {
-    return combine(combine(parts[0], parts[1]), combine(parts[2], parts[3]));
-  } else if constexpr (W == 8) {
-    return combine(parts[0], parts[1]);
-  } else {
-    return parts[0];
-  }
-}
-
-// The sums over each of four vectors.
-static inline Four sums(Floats a, Floats b, Floats c, Floats d) {
-  Four folded[4];
-  const Floats given[4] = {a, b, c, d};
-  for (int i = 0; i < 4; i++) folded[i] = fold(given[i], [](Four x, Four y) { return x + y; });
-#if defined(__SSE3__)
-  return _mm_hadd_ps(_mm_hadd_ps(folded[0], folded[1]), _mm_hadd_ps(folded[2], folded[3]));
-#elif defined(__ARM_NEON) && defined(__aarch64__)
-  return vpaddq_f32(vpaddq_f32(folded[0], folded[1]), vpaddq_f32(folded[2], folded[3]));
-#else
-  Four result;
-  for (int i = 0; i < 4; i++) result[i] = (folded[i][0] + folded[i][1]) + (folded[i][2] + folded[i][3]);
-  return result;
-#endif
-}
-
-// 2^x for x <= 0, within 2 units in the last place; NaN stays NaN, and what underflows is 0.
-static inline Floats exp2_below_one(Floats x) {
-  const Ints underflows = x < -126.0f;
-  x = underflows ? Floats{} - 126.0f : x;
-  const Floats shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, which stands in the last bits
-  const Floats fraction = x - (shifted - 12582912.0f);
-  Floats power = fraction * 0.000153458108f + 0.001339993121f;  // fitted to 2e-9 on [-1/2, 1/2]
-  power = power * fraction + 0.009618488962f;
-  power = power * fraction + 0.05550328777f;
-  power = power * fraction + 0.240226468906f;
-  power = power * fraction + 0.693147205737f;
-  power = power * fraction + 1.0f;
-  const Words exponent = (reinterpret_cast<Words>(shifted) << 23) + 0x3f800000u;
-  power *= reinterpret_cast<Floats>(exponent);
-  return underflows ? Floats{} : power;
-}
-
-// tanh by a rational function (the coefficients are Eigen's, within 3 units in the last place); NaN stays NaN.
-static inline Floats tanh(Floats x) {
-  constexpr float END = 7.90531110763549805f;  // from here on it is 1
-  x = x > END ? Floats{} + END : x;
-  x = x < -END ? Floats{} - END : x;
-  const Floats square = x * x;
-  Floats upper = square * -2.76076847742355e-16f + 2.00018790482477e-13f;
-  upper = upper * square - 8.60467152213735e-11f;
-  upper = upper * square + 5.12229709037114e-08f;
-  upper = upper * square + 1.48572235717979e-05f;
-  upper = upper * square + 6.37261928875436e-04f;
-  upper = upper * square + 4.89352455891786e-03f;
-  Floats lower = square * 1.19825839466702e-06f + 1.18534705686654e-04f;
-  lower = lower * square + 2.26843463243900e-03f;
-  lower = lower * square + 4.89352518554385e-03f;
-  return x * upper / lower;
-}
-
-struct Problem {
-  void* out;
-  const void *q, *k_cache, *v_cache;
-  const int32_t *tables, *starts, *lengths;
-  const void* sinks;  // of q's type, or null
-  int64_t T, H, D, N, B, K, R, M;
-  int64_t token_stride, head_stride;  // of q, in elements; those of its last dim are next to one another
-  int64_t table_stride;
-  float scale;
-  int64_t window;
-  float softcap;  // 0 where there is none
-  int64_t threads;
-
-  int64_t G() const { return H / K; }
-  int64_t P() const { return (D + W - 1) / W * W; }
-};
-
-struct Item {
-  int64_t request;
-  int64_t first_head, num_heads;    // of q; those of one key-value head, or all
-  int64_t first_token, num_queries;
-  int64_t first_position;           // of the first query in its context
-  int64_t begin, end;               // the keys' places in the context
-  int64_t part;                     // where its result stands in the parts, in floats; -1: it is the output
-  bool by_dots, has_sinks;
-
-  int64_t rows() const { return num_queries * num_heads; }
-};
-
-// Rows whose items' results are to be merged; the parts follow one another.
-struct Merge {
-  Item first;
-  int64_t num_parts;
-};
-
-// What a row has seen so far: `most` is the highest score, `total` the sum of 2^(score - most).
-struct State {
-  float *sums, *most, *total;  // [rows, P], [rows], [rows]
-  State(float* memory, int64_t rows, int64_t P) : sums(memory), most(memory + rows * P), total(most + rows) {}
-  static int64_t size(int64_t rows, int64_t P) { return rows * (P + 2); }
-};
-
-// Memory of a thread that is kept between calls.
-static float* scratch(int64_t floats) {
-  struct Freed {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  static thread_local std::unique_ptr<float, Freed> memory;
-  static thread_local int64_t held = 0;
-  if (floats > held) {
-    memory.reset();
-    held = 0;
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)));
-    if (!memory) throw std::bad_alloc();
-    held = floats;
-  }
-  return memory.get();
-}
-
-// Where the keys or values of the first head lie, for `count` places of a request's context.
-template <typename T>
-static inline void find_rows(
-    const Problem& p, const T* cache, int64_t request, int64_t place, int64_t count, const T** rows) {
-  const int32_t* table = p.tables + request * p.table_stride;
-  int64_t column = place / p.B, offset = place % p.B;
-  for (int64_t i = 0; i < count; column++, offset = 0) {
-    const T* row = cache + (table[column] * p.B + offset) * p.K * p.D;
-    for (const int64_t end = std::min(count, i + p.B - offset); i < end; i++, row += p.K * p.D) rows[i] = row;
-  }
-}
-
-// What stands `from` elements after each row as fp32 rows of P floats: in place, where it is that already.
-template <typename T>
-static inline void widen_rows(
-    const Problem& p, const T* const* rows, int64_t from, int64_t count, float* memory, const float** wide) {
-  const int64_t P = p.P();
-  for (int64_t i = 0; i < count; i++) {
-    if constexpr (std::is_same_v<T, float>) {
-      if (P == p.D) {
-        wide[i] = rows[i] + from;
-        continue;
-      }
-    }
-    widen(rows[i] + from, memory + i * P, p.D, P);
-    wide[i] = memory + i * P;
-  }
-}
-
-// Turns a row's scores into weights and updates its state; gives the factor for the sums so far.
-// `cols` is a whole number of vectors; hidden scores are NOTHING.
-static inline float weigh(float* scores, int64_t cols, float& most, float& total) {
-  Floats highest = Floats{} + NOTHING;
-  for (int64_t i = 0; i < cols; i += W) {
-    const Floats some = load(scores + i);
-    highest = some > highest ? some : highest;
-  }
-  const Four folded = fold(highest, [](Four a, Four b) { return a > b ? a : b; });
-  float now = most;
-  for (int lane = 0; lane < 4; lane++) now = folded[lane] > now ? folded[lane] : now;
-  const float base = now == NOTHING ? 0 : now;
-  const float factor = most == now ? 1 : std::exp2(most - base);
-  Floats sum{};
-  for (int64_t i = 0; i < cols; i += W) {
-    const Floats weights = exp2_below_one(load(scores + i) - base);
-    store(scores + i, weights);
-    sum += weights;
-  }
-  const Four added = fold(sum, [](Four a, Four b) { return a + b; });
-  total = total * factor + ((added[0] + added[2]) + (added[1] + added[3]));
-  most = now;
-  return factor;
-}
-
-static inline void cap(const Problem& p, float* scores, int64_t cols) {
-  if (p.softcap == 0) return;
-  const float inside = 1 / (p.softcap * LOG2_E), outside = p.softcap * LOG2_E;
-  for (int64_t i = 0; i < cols; i += W) store(scores + i, tanh(load(scores + i) * inside) * outside);
-}
-
-// The queries of an item as fp32 rows, with the scale and log2(e), and the state before the first key.
-template <typename T>
-static void begin_rows(const Problem& p, const Item& item, float* queries, State state) {
+static void widen_queries(const Problem& p, const Item& item, float* queries) {
   const int64_t P = p.P();
   const Floats factor = Floats{} + p.scale * LOG2_E;
   for (int64_t row = 0; row < item.rows(); row++) {
@@ -307,18 +27,6 @@ static void begin_rows(const Problem& p, const Item& item, float* queries, State
     float* query = queries + row * P;
     widen(static_cast<const T*>(p.q) + token * p.token_stride + head * p.head_stride, query, p.D, P);
     for (int64_t d = 0; d < P; d += W) store(query + d, load(query + d) * factor);
-    state.most[row] = item.has_sinks ? to_float(static_cast<const T*>(p.sinks)[head]) * LOG2_E : NOTHING;
-    state.total[row] = item.has_sinks ? 1 : 0;
-  }
-  std::memset(state.sums, 0, item.rows() * P * sizeof(float));
-}
-
-template <typename T>
-static void write_rows(const Problem& p, const Item& item, State state) {
-  for (int64_t row = 0; row < item.rows(); row++) {
-    const int64_t token = item.first_token + row / item.num_heads, head = item.first_head + row % item.num_heads;
-    T* to = static_cast<T*>(p.out) + (token * p.H + head) * p.D;
-    scale_into(to, state.sums + row * p.P(), state.total[row] == 0 ? 0 : 1 / state.total[row], p.D);
   }
 }
 
@@ -355,17 +63,6 @@ static inline void add_values(
   }
   for (int h = 0; h < HEADS; h++)
     for (int j = 0; j < NV; j++) store(to + h * P + j * W, sum[h][j]);
-}
-
-// Calls `with` with a compile-time number of heads, for at most MAX_SHARED of `heads` at a time.
-template <typename F>
-static inline void for_shared_heads(int64_t heads, F&& with) {
-  int64_t g = 0;
-  for (; g + MAX_SHARED <= heads; g += MAX_SHARED) with(g, std::integral_constant<int, MAX_SHARED>());
-  if constexpr (MAX_SHARED > 3)
-    if (heads - g == 3) return with(g, std::integral_constant<int, 3>());
-  if (heads - g == 2) return with(g, std::integral_constant<int, 2>());
-  if (heads - g == 1) return with(g, std::integral_constant<int, 1>());
 }
 
 // All heads' scores of up to CHUNK keys, whose rows have their key-value heads `head_step` elements apart.
@@ -556,15 +253,40 @@ static void attend_by_tiles(const Problem& p, const Item& item, State state, con
   }
 }
 
+// By matrix instructions, where the processor has them for this type and size.
+template <typename T>
+static bool run_item_by_matrices(const Problem& p, const Item& item, float* parts) {
+#if defined(ONEGRAPH_AMX)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (!uses_matrices(p)) return false;
+    const int64_t size = (State::size(item.rows(), p.D) + W - 1) / W * W;
+    float* own = scratch(size + matrix_memory(p, item));
+    const State state(item.part < 0 ? own : parts + item.part, item.rows(), p.D);
+    begin_rows<T>(p, item, state);
+    const Registers registers;
+    if (item.by_dots) {
+      attend_one_by_matrices(p, item, state, own + size);
+    } else {
+      attend_by_matrices(p, item, state, own + size);
+    }
+    if (item.part < 0) write_rows<T>(p, item, state);
+    return true;
+  }
+#endif
+  return false;
+}
+
 template <typename T>
 static void run_item(const Problem& p, const Item& item, float* parts) {
+  if (run_item_by_matrices<T>(p, item, parts)) return;
   const int64_t P = p.P(), rows = item.rows();
   const int64_t tile = item.by_dots ? CHUNK * p.K * P + p.H * DOT_KEYS : TILE_KEYS * (2 * P + MAX_MULTIPLIED);
   float* queries = scratch(rows * P + State::size(rows, P) + tile);
   float* own = queries + rows * P;
   const State state(item.part < 0 ? own : parts + item.part, rows, P);
   float* memory = own + (State::size(rows, P) + W - 1) / W * W;
-  begin_rows<T>(p, item, queries, state);
+  begin_rows<T>(p, item, state);
+  widen_queries<T>(p, item, queries);
   if (item.by_dots) {
     attend_by_dots<T>(p, item, state, queries, memory);
   } else {

@@ -20,13 +20,15 @@ from onegraph.ops import attention, kv_cache
 FLAGS = ("-ffp-contract=fast",)
 """Beside those of Inductor, which rounds products before they are added, as eager does; attention is judged in fp64."""
 
+SOURCES = ("bindings.h", "attention.h", "attention_amx.h", "attention.cpp")
+
 _NO_WINDOW = 1 << 60
 
 
 def library_source() -> str:
     """The C++ text of the extension module `onegraph_kernels` with `paged_attention`, `write_kv_cache`."""
     folder = Path(__file__).parent
-    return (folder / "bindings.h").read_text() + (folder / "attention.cpp").read_text()
+    return "".join((folder / name).read_text() for name in SOURCES)
 
 
 def implementations(library: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
