@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from onegraph.garbage import collected_later
 from onegraph.version import __version__
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def __getattr__(name: str) -> Any:
         from onegraph.platform_check import require_supported
 
         require_supported()
-    value = getattr(importlib.import_module(_MODULES[name]), name)
+    with collected_later():
+        value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from onegraph.capture.custom_ops import CustomOp
+from onegraph.ir.autotune import TunedChoice
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import Ledger
 from onegraph.ir.plan import BufferPlan
@@ -30,6 +31,7 @@ class RangeExplanation:
     store: str
     why: str
     seconds: float
+    autotuned: tuple[TunedChoice, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -40,6 +42,7 @@ class RangeExplanation:
             "store": self.store,
             "why": self.why,
             "seconds": round(self.seconds, 3),
+            "autotuned": [choice.to_dict() for choice in self.autotuned],
         }
 
 
@@ -193,6 +196,7 @@ class Explanation:
             for one in piece.ranges if piece.same_as is None else ():
                 region = f" where {one.predicate}" if one.predicate else ""
                 lines.append(f"piece {piece.index}{also}{path}  {piece.backend}{region}, store {one.store}: {one.why}")
+                lines += [f"  autotuned {choice}" for choice in one.autotuned]
             if piece.differs_from and piece.same_as is None:
                 lines.append(f"  differs from {piece.differs_from}")
         return lines

@@ -13,14 +13,18 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from onegraph.compilers import aot_eager, eager, inductor, own_ops
+from onegraph.compilers.autotuning import Autotuning
 from onegraph.compilers.graph_text import graph_text
-from onegraph.compilers.key import piece_key
+from onegraph.compilers.key import machine_factors, piece_key
+from onegraph.compilers.shared_build import SharedBuild
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.counters import counters
 from onegraph.errors import ConfigError
 from onegraph.ir.artifact import Artifact, CompiledPiece, PieceCallable
+from onegraph.ir.autotune import TunedChoice
 from onegraph.ir.key import Key, Unkeyable
 from onegraph.ir.ledger import ShapeEntry
 from onegraph.ir.piece import Piece
@@ -28,8 +32,9 @@ from onegraph.ir.region import Region
 from onegraph.ir.target import Target
 from onegraph.log import get_logger
 from onegraph.op_kernels import install_op_kernels, uses_own_ops
+from onegraph.store.choices import Choices
 from onegraph.store.store import Store, outside_the_store
-from onegraph.torch_compat import shapes
+from onegraph.torch_compat import autotune, shapes
 from onegraph.torch_compat.specialised_sizes import NotSpecialisedError, specialised_graph
 from onegraph.torch_compat.structured_trace import trace_text
 
@@ -37,6 +42,9 @@ log = get_logger(__name__)
 
 SAME_AS_EAGER = {"fallback_random": True}
 """Options of Inductor without which its result differs from eager: random ops would draw from another stream."""
+
+PIECES_OF_A_BUILD = 8
+"""One run of the compiler for three pieces takes 2.8 CPU seconds, three runs take 7.6: `python -m bench.one_build`."""
 
 Identity = tuple[str, tuple[str | None, ...]]
 """A piece's canonical text, and the dims that its inputs' sizes stand for, in order."""
@@ -79,7 +87,7 @@ class PieceCompiler:
         compiled = [one for piece, one in zip(pieces, identities, strict=True) if piece.kind == "compiled"]
         total = (len({*compiled} - {None}) + compiled.count(None)) * len(regions)
         done = itertools.count()
-        with _Builds() as builds:
+        with _Builds(self.target) as builds:
             for region in regions:
                 known: dict[Identity, int] = {}
                 row: list[_Compiling | CompiledPiece | int] = []
@@ -186,6 +194,7 @@ class PieceCompiler:
         self, piece: Piece, region: Region | None, builds: _Builds, started: float
     ) -> _Compiling | CompiledPiece:
         options = {**self.target.compiler_options(), **SAME_AS_EAGER, **self.config.inductor_compile_config}
+        options, tuning = self._tuning(options)
         key = piece_key(piece, region, self.target, options)
         with contextlib.ExitStack() as held:
             if isinstance(key, Unkeyable):
@@ -194,14 +203,16 @@ class PieceCompiler:
                 why = "the compile cache is off"
             else:
                 held.enter_context(self.store.lock(key.digest, before_waiting=builds.finish_all))
-                hit = self._load(piece, key)
+                artifact_key = key if tuning is None else tuning.recorded_key(key)
+                hit = None if artifact_key is None else self._load(piece, artifact_key)
                 if hit is not None:
                     counters.add("store_hits")
                     return replace(hit, seconds=time.perf_counter() - started)
                 counters.add("store_misses")
                 why = "no artifact has this key"
-            compilation = inductor.Compilation(piece, self.target, options)
-            held.callback(compilation.cancel)
+            compilation = inductor.Compilation(piece, self.target, options, tuning)
+            if tuning is not None and not isinstance(key, Unkeyable):
+                key = tuning.settled_key(key)
             shape_env = piece.fake_mode.shape_env
             begun = _Compiling(
                 compiler=self,
@@ -213,8 +224,20 @@ class PieceCompiler:
                 guards=shapes.guards_expression(shape_env, shapes.backed_inputs(piece.fake_inputs)),
                 started=started,
                 held=held.pop_all(),
+                builds=builds,
             )
         return builds.add(begun)
+
+    def _tuning(self, options: dict[str, Any]) -> tuple[dict[str, Any], Autotuning | None]:
+        """The options, and who chooses kernels under them: nobody where nothing is measured."""
+        mode = self.config.autotune
+        if mode == "off" and self.config.asked("autotune"):
+            options = {**options, **autotune.OFF}
+        if not autotune.tunes(options):
+            return options, None
+        records = None if self.store is None else Choices(self.store)
+        mode = "record" if mode == "off" else mode  # torch's own configuration asks for it
+        return options, Autotuning(mode, machine_factors(self.target), records)
 
     def _load(self, piece: Piece, key: Key) -> CompiledPiece | None:
         assert self.store is not None
@@ -227,6 +250,7 @@ class PieceCompiler:
             return None
         try:
             call = inductor.load_artifact(stored.files, manifest, self.target)
+            autotuned = tuple(map(TunedChoice.from_dict, manifest.facts.get(inductor.AUTOTUNED, ())))
         except Exception as error:  # noqa: BLE001 - whatever is wrong with stored code, compiling anew mends it
             self.store.quarantine(key.digest, f"it can't be loaded: {type(error).__name__}: {error}")
             return None
@@ -240,20 +264,31 @@ class PieceCompiler:
             key=key.digest,
             mutates_inputs=manifest.mutates_inputs,
             constraints=manifest.constraints,
+            autotuned=autotuned,
         )
 
     def finished(self, begun: _Compiling) -> CompiledPiece:
         """What the compile gives when its kernels are built; they are kept in the store, and loaded from there."""
-        made, why = begun.compilation.finish(begun.key), begun.why
-        digest = None if begun.key is None else begun.key.digest
+        assert begun.build is not None
+        made = begun.compilation.finish(begun.key, begun.build.files_for(begun.compilation))
         if isinstance(made, inductor.InProcess):
-            why = f"can't be stored: {made.reason}"
-            return CompiledPiece(made.call, "inductor", "off", why, 0.0, digest, made.mutates_inputs, begun.constraints)
-        artifact = replace(made, constraints=begun.constraints, guards=begun.guards)
-        trace_text(f"piece_{begun.piece.index}_output_code", lambda: artifact.files[inductor.WRAPPER].decode())
-        call, stored = self._write_and_load(artifact, begun.key)
-        status = "miss" if stored else "off"
-        return CompiledPiece(call, "inductor", status, why, 0.0, digest, made.mutates_inputs, begun.constraints)
+            call, store, why = made.call, "off", f"can't be stored: {made.reason}"
+        else:
+            artifact = replace(made, constraints=begun.constraints, guards=begun.guards)
+            trace_text(f"piece_{begun.piece.index}_output_code", lambda: artifact.files[inductor.WRAPPER].decode())
+            call, stored = self._write_and_load(artifact, begun.key)
+            store, why = "miss" if stored else "off", begun.why
+        return CompiledPiece(
+            call=call,
+            backend="inductor",
+            store=store,
+            why=why,
+            seconds=0.0,
+            key=None if begun.key is None else begun.key.digest,
+            mutates_inputs=made.mutates_inputs,
+            constraints=begun.constraints,
+            autotuned=begun.compilation.autotuned,
+        )
 
     def _write_and_load(self, artifact: Artifact, key: Key | None) -> tuple[PieceCallable, bool]:
         if self.store is not None and key is not None:
@@ -268,7 +303,7 @@ class PieceCompiler:
 
 @dataclass
 class _Compiling:
-    """A piece whose kernels are being built; `held` has the key's lock until it is finished or given up."""
+    """A piece whose kernels are being built, or will be; `held` has the key's lock until it is finished or given up."""
 
     compiler: PieceCompiler
     piece: Piece
@@ -279,11 +314,15 @@ class _Compiling:
     guards: str | None
     started: float
     held: contextlib.ExitStack
+    builds: _Builds
+    build: SharedBuild | None = None
     made: CompiledPiece | None = None
 
     def finish(self) -> CompiledPiece:
         """Waits for the kernels, the first time. Raises CompileError, ConstraintError."""
         if self.made is None:
+            if self.build is None:
+                self.builds.start()
             with self.held:
                 made = self.compiler.finished(self)
             self.made = replace(made, seconds=time.perf_counter() - self.started)
@@ -291,26 +330,50 @@ class _Compiling:
 
 
 class _Builds:
-    """The compiles under way, at most one for each core beside the caller's; those left at the end are given up."""
+    """The compiles under way: their kernels are built by one run of the compiler for up to `PIECES_OF_A_BUILD`.
 
-    def __init__(self) -> None:
-        self.running: list[_Compiling] = []
+    At most one run for each core beside the caller's; what is left at the end is given up.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._waiting: list[_Compiling] = []
+        self._running: list[list[_Compiling]] = []
 
     def add(self, one: _Compiling) -> _Compiling:
-        self.running.append(one)
-        while len(self.running) > max(len(os.sched_getaffinity(0)) - 1, 1):
-            self.running.pop(0).finish()
+        self._waiting.append(one)
+        if len(self._waiting) == PIECES_OF_A_BUILD:
+            self.start()
         return one
 
+    def start(self) -> None:
+        """Begins to build what waits for it."""
+        if not self._waiting:
+            return
+        group, self._waiting = self._waiting, []
+        self._running.append(group)
+        build = SharedBuild(self._target, [one.compilation for one in group])
+        for one in group:
+            one.build = build
+        while len(self._running) > max(len(os.sched_getaffinity(0)) - 1, 1):
+            self._finish_oldest()
+
     def finish_all(self) -> None:
-        while self.running:
-            self.running.pop(0).finish()
+        self.start()
+        while self._running:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        for one in self._running.pop(0):
+            one.finish()
 
     def __enter__(self) -> _Builds:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for one in self.running:
+        for one in [*itertools.chain(*self._running), *self._waiting]:
+            if one.build is not None:
+                one.build.cancel()
             one.held.close()
 
 

@@ -171,6 +171,7 @@ def _ranges(one: Specialised, index: int, several: bool) -> Iterator[RangeExplan
             store=piece.store,
             why=piece.why,
             seconds=piece.seconds,
+            autotuned=piece.autotuned,
         )
 
 

@@ -1,8 +1,11 @@
 """Splitting: what becomes a piece, which pieces are one, what crosses a border, and how a piece falls back."""
 
+import json
 import logging
 import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -245,3 +248,33 @@ def test_a_piece_that_raises_is_demoted_and_said_so_once(caplog: pytest.LogCaptu
         "piece 2 runs uncompiled from now on: it raised RuntimeError: an artifact that fails"
     ]
     assert compiled.explain().pieces[2].ranges[0].why.startswith("it raised RuntimeError")
+
+
+def test_pieces_are_built_together_and_a_recompiled_one_is_detached(fresh_cache: Path) -> None:
+    def compiled() -> Any:
+        tower = Tower(4).eval()
+        made = onegraph.compile(tower, dynamic_shapes={"x": {0: Dim("rows", min=1, max=64)}}, config=AT_SIN)
+        x = torch.randn(5, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(made(x), tower(x))
+        return made
+
+    def libraries() -> dict[str, str]:
+        manifests = [json.loads(path.read_text()) for path in (fresh_cache / "entries").rglob("manifest.json")]
+        return {one["key"]: one["files"]["kernels.so"]["sha256"] for one in manifests if "kernels.so" in one["files"]}
+
+    with counters.expect(inductor_compiles=3, gxx_runs=1):
+        compiled()
+    before = libraries()
+    assert len(before) > 1 and len(set(before.values())) == 1
+    recompiled = next(iter(before))
+    shutil.rmtree(fresh_cache / "entries" / recompiled[:2] / recompiled)
+    with counters.expect(inductor_compiles=1, gxx_runs=1, store_hits=2):
+        compiled()
+    after = libraries()
+    assert after[recompiled] != before[recompiled]
+    assert {key: one for key, one in after.items() if key != recompiled} == {
+        key: one for key, one in before.items() if key != recompiled
+    }
+    with counters.expect(inductor_compiles=0, store_hits=3):
+        compiled()

@@ -1,10 +1,22 @@
-"""The text of parsed expressions and of their parts, each made once: a large model has thousands, many levels deep."""
+"""The text of expressions and of their parts, each made once: a large model has thousands, many levels deep."""
 
 from __future__ import annotations
 
 import ast
+import re
 
 _PLAIN = ast.Name | ast.Attribute | ast.Subscript | ast.Call
+_STEP = r"\.[^\W\d]\w*|\['[^'\\\]]*'\]|\[\d+\]"
+_CHAIN = re.compile(rf"([^\W\d]\w*(?:{_STEP})*)({_STEP})")
+
+
+def last_step(expression: str) -> tuple[str, str] | None:
+    """`a.b['c'].d` as `a.b['c']` and `.d`, without parsing: for plain chains of a name, attributes and constant keys.
+
+    None for any other expression. Each prefix of a chain is a chain, or a name.
+    """
+    chain = _CHAIN.fullmatch(expression)
+    return None if chain is None else (chain[1], chain[2])
 
 
 class ExpressionText:

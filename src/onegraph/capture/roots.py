@@ -9,12 +9,12 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from onegraph.capture.expression_text import ExpressionText
+from onegraph.capture.expression_text import ExpressionText, last_step
 from onegraph.capture.inputs import CallInputs
 from onegraph.capture.state_check import LITERALS
 from onegraph.torch_compat.guards import expression_scope
@@ -33,6 +33,8 @@ class Scope:
     functions: Mapping[str, Any]
     self_in_rest: str = ""
     self_prefix: str = ""
+    known: dict[str, _Rooted] = field(default_factory=dict, compare=False)
+    """What was worked out before: expressions share prefixes."""
 
 
 def scope_of(function: Any, owner: Any, inputs: CallInputs, globals_read: Mapping[str, Any]) -> Scope:
@@ -60,18 +62,46 @@ class _Cell:
 
 def rooted_expression(name: str, scope: Scope) -> tuple[str, dict[str, Any]] | None:
     """The guard's expression with its roots replaced by names, and these names; None if it is about an argument."""
-    tree = ast.parse(name, mode="eval").body
-    roots = _Roots(scope)
-    rooted = roots.visit(tree)
-    return None if roots.arguments else (ExpressionText()(rooted), roots.names)
+    rooted = _rooted(name, scope)
+    return None if rooted.arguments else (rooted.text, dict(rooted.names))
 
 
 def argument_expression(name: str, scope: Scope, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """The guard's expression over the arguments' names and the names of its other roots; None for any other one."""
+    rooted = _rooted(name, scope)
+    known = rooted.arguments and rooted.arguments <= arguments.keys()
+    return (rooted.text, dict(rooted.names)) if known else None
+
+
+@dataclass(frozen=True)
+class _Rooted:
+    """An expression with its roots replaced: the names of these, and the arguments that it is about."""
+
+    text: str
+    names: Mapping[str, Any]
+    arguments: frozenset[str]
+
+
+def _rooted(name: str, scope: Scope) -> _Rooted:
+    known = scope.known.get(name)
+    if known is None:
+        known = scope.known[name] = _with_last_step(name, scope) or _by_parsing(name, scope)
+    return known
+
+
+def _with_last_step(name: str, scope: Scope) -> _Rooted | None:
+    """Of the prefix's roots, where the last step of a plain chain has no meaning of its own."""
+    prefix, step = last_step(name) or ("", "")
+    if not prefix or prefix in ("L", "G", f"L['{scope.self_in_rest}']") or name in scope.constants:
+        return None
+    inner = _rooted(prefix, scope)
+    return _Rooted(f"{inner.text}{step}", inner.names, inner.arguments)
+
+
+def _by_parsing(name: str, scope: Scope) -> _Rooted:
     roots = _Roots(scope)
     tree = roots.visit(ast.parse(name, mode="eval").body)
-    known = roots.arguments and roots.arguments <= arguments.keys()
-    return (ExpressionText()(tree), roots.names) if known else None
+    return _Rooted(ExpressionText()(tree), roots.names, frozenset(roots.arguments))
 
 
 class _Roots(ast.NodeTransformer):

@@ -219,7 +219,7 @@ class _Objects:
         text, names = rooted
         if isinstance(value, _WITHOUT_IDENTITY) or evaluate(text, names) is not value:
             return None
-        tree = ast.parse(text, mode="eval").body
+        tree = ast.parse(text, mode="eval").body if self.stored else None
         if isinstance(tree, ast.Attribute) and tree.attr in self.stored:
             self.volatile[text] = value, names, what, user
             return None

@@ -7,13 +7,15 @@ reads each prefix once; it stops at the first read that differs.
 from __future__ import annotations
 
 import ast
+import functools
 import math
+import types
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from onegraph.capture.expression_text import ExpressionText
+from onegraph.capture.expression_text import last_step
 from onegraph.ir.ledger import StateEntry, StateRead
 
 LITERALS = (type(None), bool, int, float, complex, str, bytes)
@@ -42,29 +44,32 @@ def differs(value: Any, expected: Any) -> bool:
 
 def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
     """The value of a read's expression now. Raises whatever reading it raises."""
-    return eval(expression, {**names})  # noqa: S307 - Dynamo's expression over our own names
+    return eval(_compiled(expression), {**names})  # noqa: S307 - Dynamo's expression over our own names
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(expression: str) -> types.CodeType:
+    """A fact is evaluated a few times in a row."""
+    return compile(expression.strip(), "<expression>", "eval")
 
 
 @dataclass
 class _Code:
-    """The check function under construction."""
+    """The check function under construction; `uses` counts the places at which each expression stands."""
 
+    parts: Mapping[str, tuple[str, str] | None]
     uses: Counter[str]
-    text: ExpressionText
     lines: list[str] = field(default_factory=list)
     variables: dict[str, str] = field(default_factory=dict)
 
-    def value(self, node: ast.AST, keep: bool = False) -> str:
-        """Source of the node's value; what is used again is read into a variable once."""
-        text = self.text(node)
+    def value(self, text: str, keep: bool = False) -> str:
+        """Source of the expression's value; what is used again is read into a variable once."""
         if text in self.variables:
             return self.variables[text]
-        if isinstance(node, ast.Attribute):
-            source = f"{self.value(node.value)}.{node.attr}"
-        elif isinstance(node, ast.Subscript):
-            source = f"{self.value(node.value)}[{self.text(node.slice)}]"
-        else:
+        parts = self.parts[text]
+        if parts is None:
             return text
+        source = f"{self.value(parts[0])}{parts[1]}"
         if keep or self.uses[text] > 1:
             variable = self.variables[text] = f"v{len(self.variables)}"
             self.lines.append(f"        {variable} = {source}")
@@ -74,16 +79,14 @@ class _Code:
 
 def state_check(reads: tuple[StateRead, ...], also: Callable[[], bool] | None = None) -> Callable[[], bool]:
     """A function without arguments: whether every read finds what the trace found, and `also()`. It never raises."""
-    trees = [ast.parse(read.expression, mode="eval").body for read in reads]
-    text_of = ExpressionText()
-    uses = Counter(map(text_of, trees))
-    prefixes = {text_of(n): n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Attribute | ast.Subscript)}
-    uses.update(text_of(node.value) for node in prefixes.values())
-    code = _Code(uses, text_of)
+    parts = _parts_of_all(read.expression for read in reads)
+    uses = Counter(read.expression for read in reads)
+    uses.update(one[0] for one in parts.values() if one is not None)
+    code = _Code(parts, uses)
     names: dict[str, Any] = {"_also": also}
-    for read, tree in zip(reads, trees, strict=True):
+    for read in reads:
         names.update(read.names)
-        value = code.value(tree, keep=read.condition.count("{x}") > 1)
+        value = code.value(read.expression, keep=read.condition.count("{x}") > 1)
         code.lines.append(f"        if {read.condition.replace('{x}', value)}: return False")
     source = "\n".join(
         [
@@ -98,6 +101,25 @@ def state_check(reads: tuple[StateRead, ...], also: Callable[[], bool] | None = 
     exec(compile(source, "<onegraph state check>", "exec"), names)  # noqa: S102 - our own text
     holds: Callable[[], bool] = names["holds"]
     return holds
+
+
+def _parts_of_all(expressions: Iterable[str]) -> dict[str, tuple[str, str] | None]:
+    """Each expression and each of its prefixes as a prefix and a last step; None for one that has none."""
+    parts: dict[str, tuple[str, str] | None] = {}
+    left = list(expressions)
+    while left:
+        text = left.pop()
+        if text not in parts:
+            parts[text] = last_step(text) or _parsed_step(text)
+            left += (parts[text] or ())[:1]
+    return parts
+
+
+def _parsed_step(text: str) -> tuple[str, str] | None:
+    node = ast.parse(text, mode="eval").body
+    if isinstance(node, ast.Attribute):
+        return ast.unparse(node.value), f".{node.attr}"
+    return (ast.unparse(node.value), f"[{ast.unparse(node.slice)}]") if isinstance(node, ast.Subscript) else None
 
 
 def changed_entries(reads: tuple[StateRead, ...]) -> tuple[tuple[StateEntry, str], ...]:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from onegraph.compilers.autotuning import Autotuning
 from onegraph.compilers.prepared import Prepared, prepare
 from onegraph.compilers.wrapper import execute, put_together, take_apart
 from onegraph.counters import counters
@@ -28,8 +29,11 @@ from onegraph.ir.key import Key
 from onegraph.ir.piece import Piece
 from onegraph.ir.target import Target
 from onegraph.torch_compat import inductor
+from onegraph.torch_compat.autotune import choosing
 
 WRAPPER, CONSTANTS = "wrapper.py", "constants.pt"
+AUTOTUNED = "autotuned"
+"""Among an artifact's facts, its choices."""
 
 
 class LoadingFacts(Protocol):
@@ -55,12 +59,12 @@ class InProcess:
 
 
 class Compilation:
-    """A piece whose kernels are being built, beside the caller.
+    """A lowered piece, whose kernels are to be built.
 
     `conditions` are those on sizes that Inductor relies on beside those of the shape environment.
     """
 
-    def __init__(self, piece: Piece, target: Target, options: dict[str, Any]) -> None:
+    def __init__(self, piece: Piece, target: Target, options: dict[str, Any], tuning: Autotuning | None = None) -> None:
         """Must run inside `torch_compat.dynamo.compile_scope`.
 
         Raises CompileError, which names the piece and says what torch or the toolchain said.
@@ -69,17 +73,17 @@ class Compilation:
         self._started = time.perf_counter()
         self._target, self._num_ops = target, len(piece.graph_module.graph.nodes)
         counters.add("inductor_compiles")
-        self._output = _generated(piece, target, options)
+        self._output = _generated(piece, target, options, tuning)
+        self.autotuned = () if tuning is None else tuning.made
         self.conditions = self._output.conditions
-        self._source, kernels = "", self._output.kernels
+        self.kernels = self._output.kernels
+        self._source = ""
         if self._output.not_portable is None:
-            self._source, kernels = take_apart(self._output.source, self._output.kernels)
-        self._num_kernels = len(kernels)
-        self._build = target.start_build(kernels)
+            self._source = take_apart(self._output.source, self.kernels)
 
-    def finish(self, key: Key | None) -> Artifact | InProcess:
-        """Waits for the kernels. Raises CompileError."""
-        output, built = self._output, self._build.files()
+    def finish(self, key: Key | None, built: Mapping[str, bytes]) -> Artifact | InProcess:
+        """What is made with the files of a library that has the kernels. Raises CompileError."""
+        output = self._output
         if output.not_portable is not None:
             assert output.callable is not None and output.link is not None
             with _in_files(built) as paths:
@@ -100,27 +104,39 @@ class Compilation:
             aligned_inputs=output.aligned_inputs,
             mutates_inputs=output.mutates_inputs,
             seconds=time.perf_counter() - self._started,
-            facts={"num_kernels": self._num_kernels, "num_ops": self._num_ops},
+            facts={
+                "num_kernels": len(self.kernels),
+                "num_ops": self._num_ops,
+                AUTOTUNED: [one.to_dict() for one in self.autotuned],
+            },
         )
 
-    def cancel(self) -> None:
-        """Ends the build."""
-        self._build.cancel()
 
-
-def _generated(piece: Piece, target: Target, options: dict[str, Any]) -> inductor.InductorOutput:
+def _generated(
+    piece: Piece, target: Target, options: dict[str, Any], tuning: Autotuning | None
+) -> inductor.InductorOutput:
+    graph_module, inputs = copy.deepcopy(piece.graph_module), list(piece.fake_inputs)
     try:
-        return inductor.compile_graph(
-            copy.deepcopy(piece.graph_module), list(piece.fake_inputs), piece.fake_mode, options, target.device_types
-        )
+        with contextlib.nullcontext() if tuning is None else choosing(tuning.choose):
+            return inductor.compile_graph(graph_module, inputs, piece.fake_mode, options, target.device_types)
     except OnegraphError:
         raise
     except Exception as error:
+        own = next((one for one in _causes(error) if isinstance(one, OnegraphError)), None)
+        if own is not None:  # of a choice of a kernel; torch wraps what a lowering raises
+            raise own from None
         raise CompileError(
             f"Inductor failed on piece {piece.index}: {type(error).__name__}: {_first_lines(error)}",
             where=f"piece {piece.index}, {len(piece.graph_module.graph.nodes)} nodes",
             hint="-O.backend=aot_eager or --enforce-eager runs without Inductor; --verbose shows torch's traceback",
         ) from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 @contextlib.contextmanager

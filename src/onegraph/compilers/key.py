@@ -39,16 +39,23 @@ def piece_key(piece: Piece, region: Region | None, target: Target, options: dict
         "graph": hashlib.sha256(text.encode()).hexdigest(),
         "region": None if region is None else _without_names(region),
         "compiler": {"name": "inductor", "hooks": hooks, "config": inductor.portable_config(options)},
+        "onegraph": {"version": onegraph.version.__version__, "code": own_code_digest()},
+        "python": f"{platform.python_implementation()} {sys.version_info.major}.{sys.version_info.minor}",
+        **machine_factors(target),
+    }
+    return Key.of(factors)
+
+
+def machine_factors(target: Target) -> dict[str, Any]:
+    """What of torch and of the machine decides about code, and about which code is fast."""
+    return {
         "torch": {
             "version": torch.__version__,
             "git": torch.version.git_version,
             **torch_state.compile_state(),
         },
-        "onegraph": {"version": onegraph.version.__version__, "code": own_code_digest()},
-        "python": f"{platform.python_implementation()} {sys.version_info.major}.{sys.version_info.minor}",
         "target": {"name": target.name, **target.fingerprint()},
     }
-    return Key.of(factors)
 
 
 def _without_names(region: Region) -> dict[str, Any]:

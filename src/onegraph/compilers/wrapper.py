@@ -1,8 +1,8 @@
 """Inductor's wrapper module, taken apart and put together: its kernels come from a library instead of a build.
 
-Takes the Python text that Inductor wrote and the kernels it would have built; gives the same text with each
-build replaced by a look-up in `kernels`, and the kernels under the names that the text calls them by. The
-result runs without Inductor's compile workers and without a C++ compiler.
+Takes the Python text that Inductor wrote and the kernels that it would have built; gives the same text with each
+build replaced by a look-up of the kernel's name in `kernels`. The result runs without Inductor's compile workers and
+without a C++ compiler.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import linecache
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,15 @@ _BUILDS = {"async_compile.cpp_pybinding": "cpp", "async_compile.triton": "triton
 """What the wrapper's text calls to build a kernel, and the kernel's language."""
 
 
-def take_apart(source: str, kernels: tuple[KernelSource, ...]) -> tuple[str, tuple[KernelSource, ...]]:
-    """Gives the wrapper's text without builds, and its kernels with their names.
+def take_apart(source: str, kernels: tuple[KernelSource, ...]) -> str:
+    """Gives the wrapper's text without builds; `kernels` are those that it builds, in order.
 
     Raises CompileError where the text has a form that this version doesn't know.
     """
     lines = source.splitlines(keepends=True)
-    named: list[KernelSource] = []
     remaining = list(kernels)
     for node in ast.parse(source).body:
-        text = _replacement(node, remaining, named)
+        text = _replacement(node, remaining)
         if text is not None:
             lines[node.lineno - 1] = text
             for number in range(node.lineno, node.end_lineno or node.lineno):
@@ -42,10 +40,10 @@ def take_apart(source: str, kernels: tuple[KernelSource, ...]) -> tuple[str, tup
             where="torch._inductor's generated Python",
             hint="report this with your torch version; -O.backend=aot_eager runs without Inductor",
         )
-    return result, tuple(named)
+    return result
 
 
-def _replacement(node: ast.stmt, remaining: list[KernelSource], named: list[KernelSource]) -> str | None:
+def _replacement(node: ast.stmt, remaining: list[KernelSource]) -> str | None:
     """The line to put in place of a statement that builds or waits; None leaves the statement as it is."""
     if isinstance(node, ast.ImportFrom) and any(alias.name == "AsyncCompile" for alias in node.names):
         return "\n"
@@ -63,9 +61,7 @@ def _replacement(node: ast.stmt, remaining: list[KernelSource], named: list[Kern
         return None
     if language == "triton" and ast.unparse(node.value.args[0]) != repr(remaining[0].function):
         return None
-    name = ast.unparse(node.targets[0])
-    named.append(replace(remaining.pop(0), name=name))
-    return f"{name} = kernels[{name!r}]\n"
+    return f"{ast.unparse(node.targets[0])} = kernels[{remaining.pop(0).name!r}]\n"
 
 
 def put_together(path: Path, source: str, kernels: Mapping[str, Any], constants: Mapping[str, Any]) -> dict[str, Any]:

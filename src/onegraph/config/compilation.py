@@ -106,6 +106,9 @@ class CompilationConfig:
         "choice", "nothing", "how artifacts are kept in the compile cache", ("binary", "unpacked")
     )
     inductor_compile_config: Mapping[str, Any] | None = _field("dict", "kernels", "options of Inductor, by name")
+    autotune: str | None = _field(
+        "choice", "kernels", "choose kernels by measuring, as recorded, or not at all", ("record", "replay", "off")
+    )
     max_num_tokens: int | None = _field("int", "graph", "the most that a dynamic dim without a max may be")
 
     def __post_init__(self) -> None:

@@ -22,7 +22,8 @@ LEVEL_MODES = (
     CompilationMode.ONEGRAPH,
     CompilationMode.ONEGRAPH,
 )
-AUTOTUNED: Mapping[str, Any] = {"max_autotune": True}  # what level 3 adds to Inductor's options
+AUTOTUNED: Mapping[str, Any] = {"max_autotune": True}  # what measuring needs of Inductor's options
+TUNING_OPTIONS = ("max_autotune", "max_autotune_gemm")
 ATTENTION_OPS = ("onegraph::write_kv_cache", "onegraph::paged_attention")
 
 
@@ -61,12 +62,17 @@ class ResolvedConfig:
     plan_memory: bool
     compile_cache_save_format: str
     inductor_compile_config: Mapping[str, Any]
+    autotune: str
     max_num_tokens: int
     why: Mapping[str, str]
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """`{name: {"value": JSON-able, "why": text}}`, in the order of the fields."""
         return {name: {"value": _jsonable(getattr(self, name)), "why": self.why[name]} for name in FIELDS}
+
+    def asked(self, name: str) -> bool:
+        """Whether a user or the environment gave the value."""
+        return self.why[name] in ("user", "ONEGRAPH_COMPILATION_CONFIG")
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ def resolve(
     levels = _by_level(given, rules, enforce_eager)
     _refuse_contradictions(given, levels["mode"], enforce_eager)
     values = {name: Default(value) for name, value in ALWAYS.items()} | levels | given
-    values["inductor_compile_config"] = _autotuned(values)
+    values |= _autotuned(values, asked="autotune" in given)
     values["compile_sizes"] = _with_capture_sizes(values)
     return ResolvedConfig(
         **{name: values[name].value for name in FIELDS},
@@ -170,16 +176,40 @@ def _by_level(given: Mapping[str, Default], rules: DeviceRules, enforce_eager: b
             Default(ATTENTION_OPS, why) if mode.value is CompilationMode.ONEGRAPH else Default((), because)
         ),
         "cudagraph_mode": cudagraphs,
+        "autotune": Default("record" if level.value >= 3 else "off", why),
     }
 
 
-def _autotuned(values: Mapping[str, Default]) -> Default:
-    """Inductor's options, with what -O3 adds under those that were asked for."""
-    asked, level = values["inductor_compile_config"], values["level"]
-    if level.value < 3 or values["backend"].value != "inductor":
-        return asked
-    why = "level -O3" if asked.why == "default" else f"level -O3, {asked.why}"
-    return Default({**AUTOTUNED, **asked.value}, why)
+def _autotuned(values: Mapping[str, Default], *, asked: bool) -> dict[str, Default]:
+    """Whether kernels are chosen by measuring: asked for, or by Inductor's own options, or by level; and these options.
+
+    Raises ConfigError where what was asked for can't be, or Inductor's options say otherwise.
+    """
+    tuning, options, mode = values["autotune"], values["inductor_compile_config"], values["mode"].value
+    said = [value for name, value in options.value.items() if name in TUNING_OPTIONS]
+    never = f"backend={values['backend'].value}" if values["backend"].value != "inductor" else ""
+    if mode not in (CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.ONEGRAPH):
+        never = f"mode={mode.name}"
+    if not asked and said:
+        tuning = Default("record" if any(said) else "off", f"inductor_compile_config: {options.why}")
+    if not asked and never:
+        tuning = Default("off", never)
+    if asked and tuning.value != "off" and never:
+        raise _contradiction(tuning, never)
+    if asked and said and any(said) != (tuning.value != "off"):
+        raise _contradiction(tuning, f"{' or '.join(TUNING_OPTIONS)} in inductor_compile_config ({options.why})")
+    if tuning.value != "off" and not said:
+        why = tuning.why if options.why in ("default", tuning.why) else f"{tuning.why}, {options.why}"
+        options = Default({**AUTOTUNED, **options.value}, why)
+    return {"autotune": tuning, "inductor_compile_config": options}
+
+
+def _contradiction(tuning: Default, other: str) -> ConfigError:
+    return ConfigError(
+        f"autotune={tuning.value} ({tuning.why}) contradicts {other}",
+        where="configuration",
+        hint="leave one of the two out",
+    )
 
 
 def _with_capture_sizes(values: Mapping[str, Default]) -> Default:

@@ -21,6 +21,7 @@ from onegraph.engine.kv_cache import LayerKV
 from onegraph.engine.limits import Limits, resolve_limits
 from onegraph.engine.text import Text
 from onegraph.explanation import Explanation
+from onegraph.garbage import collected_later
 from onegraph.models import BUILTIN_MODEL, LoadedModel, load_model
 from onegraph.op_kernels import OpKernels, install_op_kernels, op_kernels_begun
 from onegraph.targets import describe_device, resolve_device, target_for
@@ -55,6 +56,7 @@ class Started:
         )
 
 
+@collected_later()
 def start_engine(config: EngineConfig) -> Started:
     """Loads, compiles (or loads what was compiled before) and assembles; shows bars where stderr is a terminal.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from onegraph.ir.autotune import TunedChoice
 from onegraph.ir.key import Key
 from onegraph.ir.ledger import ShapeEntry
 
@@ -146,3 +147,5 @@ class CompiledPiece:
     """The most similar earlier piece, and the first place where the two differ."""
     notes: tuple[str, ...] = ()
     """What its ops were lowered to, with the reasons."""
+    autotuned: tuple[TunedChoice, ...] = ()
+    """The kernels that were chosen by measuring."""

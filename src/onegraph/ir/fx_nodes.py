@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Iterator
@@ -67,11 +68,16 @@ def _asks_for_inplace(node: Node) -> bool:
     if node.kwargs.get("inplace"):
         return True
     try:
-        parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        parameters = _parameters(node.target)
     except (TypeError, ValueError):
         return False
     at = parameters.index("inplace") if "inplace" in parameters else len(node.args)
     return at < len(node.args) and bool(node.args[at])
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(function: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def value_of(node: Node) -> Any:

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KernelSource:
-    """A kernel as a compiler wrote it: the name it is called by, its C argument types, and its source.
+    """A kernel as a compiler wrote it: its name in a library, its C argument types, and its source.
 
-    `language` is `cpp` or `triton`; `function` is the kernel's name in its own source.
+    Kernels of one name are the same. `language` is `cpp` or `triton`; `function` is the kernel's name in its own
+    source.
     """
 
     name: str

@@ -3,6 +3,7 @@
     ROOT/entries/ab/abcd…/manifest.json   the entry of the key abcd…
     ROOT/blobs/12/1234…                   a file's contents, named by its sha256
     ROOT/locks/abcd….lock                 held by the process that compiles the key
+    ROOT/autotuned/…                      autotuned choices, see `choices`
     ROOT/quarantine/…                     entries that failed their checks, kept for a look
 
 A blob or manifest appears whole, by a rename, or not at all. An entry that fails its checks is moved aside and
@@ -27,6 +28,7 @@ from onegraph.counters import counters
 from onegraph.errors import ArtifactError, CompileError
 from onegraph.ir.artifact import Artifact
 from onegraph.log import get_logger
+from onegraph.store.files import put
 from onegraph.store.manifest import FileRecord, Manifest, ManifestError
 
 log = get_logger(__name__)
@@ -94,10 +96,10 @@ class Store:
         records = {}
         for name, contents in artifact.files.items():
             record = FileRecord(hashlib.sha256(contents).hexdigest(), len(contents))
-            self._put(self._blob(record.sha256), contents)
+            put(self._blob(record.sha256), contents)
             records[name] = record
         manifest = Manifest.of(artifact, records)
-        self._put(self._entry(manifest.key) / "manifest.json", manifest.to_json().encode())
+        put(self._entry(manifest.key) / "manifest.json", manifest.to_json().encode())
         counters.add("store_writes")
         return StoredArtifact(manifest, {name: self._blob(record.sha256) for name, record in records.items()})
 
@@ -130,7 +132,7 @@ class Store:
     def size_bytes(self) -> int:
         """The bytes that all blobs and manifests take."""
         total = 0
-        for folder in ("blobs", "entries"):
+        for folder in ("blobs", "entries", "autotuned"):
             for path in (self.root / folder).rglob("*"):
                 with contextlib.suppress(OSError):
                     total += path.stat().st_size if path.is_file() else 0
@@ -148,20 +150,6 @@ class Store:
             path.unlink()
             raise ManifestError(f"{name} doesn't have the checksum that it was written with")
         return path
-
-    def _put(self, path: Path, contents: bytes) -> None:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(contents)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
 
     def quarantine(self, digest: str, reason: str) -> None:
         """Moves an entry aside, with one line that says why. Its key then counts as a miss."""

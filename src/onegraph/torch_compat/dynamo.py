@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import logging
 import threading
 import traceback
 import types
@@ -15,12 +16,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo as dynamo
 import torch._dynamo.convert_frame as convert_frame
 import torch.fx.experimental._config as symbolic_config
-from torch._dynamo import decorators
+from torch._dynamo import decorators, symbolic_convert
 from torch._dynamo.exc import TorchDynamoException, Unsupported
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._guards import CompileContext, compile_context
@@ -30,6 +32,7 @@ from torch.fx.experimental.symbolic_shapes import (
     PendingUnbackedSymbolNotFound,
 )
 
+from onegraph.garbage import collected_later
 from onegraph.torch_compat.effects import Effect, effects
 from onegraph.torch_compat.folds import FoldedCall, folded_calls
 from onegraph.torch_compat.guards import GuardFact, guard_facts
@@ -110,10 +113,26 @@ def mark_backed_dim(tensor: torch.Tensor, dim: int, *, minimum: int, maximum: in
 
 
 @contextlib.contextmanager
+def _no_headers_of_unread_logs() -> Iterator[None]:
+    """Dynamo makes the header of a line of its log `trace_call` for each node, whether or not anybody reads it, and
+    tokenizes each source file for that (torch 2.13): half a second at 30 layers."""
+    if not hasattr(symbolic_convert, "get_funcname") or symbolic_convert.trace_call_log.isEnabledFor(logging.DEBUG):
+        yield
+        return
+
+    def no_name(filename: str, lineno: int) -> None:
+        return None
+
+    with mock.patch.object(symbolic_convert, "get_funcname", no_name):
+        yield
+
+
+@contextlib.contextmanager
 def compile_scope(name: str) -> Iterator[None]:
     """One compile in torch's own books: a compile id, metrics and timings, for TORCH_TRACE and TORCH_LOGS."""
     with (
         COMPILE_LOCK,
+        collected_later(),
         get_metrics_context(),
         dynamo_timed(name),
         compile_context(CompileContext(convert_frame.get_compile_id({}))),
@@ -154,6 +173,7 @@ def capture(
         dynamo.config.patch(known),
         torch.compiler.config.patch(compiler_patches),
         symbolic_config.patch(backed_size_oblivious=size_oblivious),
+        _no_headers_of_unread_logs(),
         inferred_strides(),
         asserted_while_tracing() as asserted,
         folded_calls() as folded,

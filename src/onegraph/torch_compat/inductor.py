@@ -28,7 +28,7 @@ from onegraph.ir.fx_nodes import value_of
 from onegraph.ir.target import KernelSource
 from onegraph.torch_compat.overlap import overlapping
 from onegraph.torch_compat.shapes import RawCondition, dense_order, squeezed_sizes
-from onegraph.torch_compat.toolchain import python_headers_not_needed
+from onegraph.torch_compat.toolchain import toolchain_as_declared
 
 _HOOKS = (
     "pre_grad_custom_pass",
@@ -108,7 +108,7 @@ def compile_graph(
 
     context = torch._guards.TracingContext(fake_mode)
     collecting = _collect_kernels(collected, unbuilt)
-    with torch.no_grad(), torch._guards.tracing(context), collecting, _fusing_by_hints(), python_headers_not_needed():
+    with torch.no_grad(), torch._guards.tracing(context), collecting, _fusing_by_hints(), toolchain_as_declared():
         function = compile_fx.compile_fx(
             graph_module, fake_inputs, inner_compile=inner_compile, config_patches={**options, _FIRST_PASS: first_pass}
         )
@@ -229,8 +229,8 @@ def _collect_kernels(collected: list[KernelSource], unbuilt: dict[str, _Unbuilt]
     originals = compiler.cpp_pybinding, compiler.triton
 
     def collect(argtypes: tuple[str, ...], *rest: str) -> _Unbuilt:
-        # The name is known only to the wrapper's text; `onegraph.compilers.wrapper` matches them in order.
-        name = f"kernel_{len(collected)}"
+        # What the wrapper calls it is known only to its text; `onegraph.compilers.wrapper` matches them in order.
+        name = f"kernel_{hashlib.sha256(repr((argtypes, *rest)).encode()).hexdigest()[:16]}"
         collected.append(KernelSource(name, argtypes, *rest))
         return unbuilt.setdefault(name, _Unbuilt())
 

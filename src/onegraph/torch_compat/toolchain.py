@@ -10,6 +10,7 @@ import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch._inductor.config
@@ -21,11 +22,34 @@ class ToolchainMissingError(Exception):
 
 
 @contextlib.contextmanager
-def python_headers_not_needed() -> Iterator[None]:
-    """Inside, Inductor doesn't warn that Python.h is missing: our kernels don't include it."""
-    with warnings.catch_warnings():
+def toolchain_as_declared() -> Iterator[None]:
+    """Inside, Inductor believes what CPU and C++ compiler declare of themselves, and runs no test programs.
+
+    Torch would build and load one for each set of instructions, half a second each; `cpp.vec_isa_ok` leaves out only
+    those for AVX (torch 2.13). So the compiler is asked whether it knows the flags for VNNI, bf16 and AMX. Nor is
+    there a warning that Python.h is missing: our kernels don't include it.
+    """
+
+    def knows_flags(isa: cpu_vec_isa.VecISA, code: str) -> bool:
+        return accepts(cpp_compiler(), isa.build_arch_flags())
+
+    with (
+        torch._inductor.config.patch({"cpp.vec_isa_ok": True}),
+        mock.patch.object(cpu_vec_isa.VecISA, "check_build", knows_flags),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", "Can't find Python.h")
         yield
+
+
+@functools.cache
+def accepts(compiler: str, flags: str) -> bool:
+    """Whether a C++ compiler takes the flags, by preprocessing nothing: some 10 ms."""
+    command = [compiler, *shlex.split(flags), "-E", "-x", "c++", "/dev/null"]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=30).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return False
 
 
 def cpp_compiler() -> str:
@@ -47,11 +71,8 @@ def compiler_version(command: str) -> str:
 
 
 def compile_command(sources: list[str], name: str, output_dir: Path) -> tuple[list[str], Path]:
-    """The command that builds a shared library of kernels from C++ sources, and the library's path.
-
-    Torch would compile test programs to see which vector instructions work; what the CPU declares is believed.
-    """
-    with torch._inductor.config.patch({"cpp.vec_isa_ok": True}), python_headers_not_needed():
+    """The command that builds a shared library of kernels from C++ sources, and the library's path."""
+    with toolchain_as_declared():
         options = cpp_builder.CppTorchDeviceOptions(
             vec_isa=cpu_vec_isa.pick_vec_isa(), include_pytorch=False, shared=True, device_type="cpu"
         )

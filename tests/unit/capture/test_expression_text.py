@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from onegraph.capture.expression_text import ExpressionText
+from onegraph.capture.expression_text import ExpressionText, last_step
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,32 @@ def test_every_part_reads_as_python_writes_it(expression: str) -> None:
     text = ExpressionText()
     parts = [part for part in ast.walk(tree) if isinstance(part, ast.expr)]
     assert [text(part) for part in parts] == [ast.unparse(part) for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("expression", "parts"),
+    [
+        ("L['self'].layers._modules['0']", ("L['self'].layers._modules", "['0']")),
+        ("_k1.scale", ("_k1", ".scale")),
+        ("a[0][12]", ("a[0]", "[12]")),
+        ("größe.x", ("größe", ".x")),
+        ("name", None),
+        ("a + b.c", None),
+        ("f(a).b", None),
+        ("(a, b.c)", None),
+        ("a['it\\'s']", None),
+        ("a['x'] if b else c.d", None),
+        ("a[-1]", None),
+        ("a[1:3]", None),
+        ("-a.b", None),
+        ("a['b]['c']", None),
+        ("1.5", None),
+    ],
+)
+def test_the_last_step_of_a_plain_chain(expression: str, parts: tuple[str, str] | None) -> None:
+    assert last_step(expression) == parts
+    if parts is not None:
+        assert ast.unparse(ast.parse(expression)) == expression
+        prefix = ast.parse(expression, mode="eval").body
+        assert isinstance(prefix, ast.Attribute | ast.Subscript)
+        assert ast.unparse(prefix.value) == parts[0]

@@ -51,6 +51,37 @@ def test_levels(level: int, mode: CompilationMode, backend: str, options: dict[s
     assert config.why["mode"] == f"level -O{level}"
 
 
+@pytest.mark.parametrize(
+    ("fields", "autotune", "why", "options"),
+    [
+        ({}, "off", "level -O2 (default)", {}),
+        ({"level": 3}, "record", "level -O3", {"max_autotune": True}),
+        ({"level": 3, "autotune": "off"}, "off", "user", {}),
+        ({"level": 1, "autotune": "replay"}, "replay", "user", {"max_autotune": True}),
+        ({"level": 3, "backend": "eager"}, "off", "backend=eager", {}),
+        ({"level": 3, "mode": "STOCK_TORCH_COMPILE"}, "off", "mode=STOCK_TORCH_COMPILE", {}),
+        ({"level": 3, "mode": "NONE"}, "off", "mode=NONE", {}),
+        (
+            {"inductor_compile_config": {"max_autotune_gemm": True}},
+            "record",
+            "inductor_compile_config: user",
+            {"max_autotune_gemm": True},
+        ),
+        (
+            {"level": 3, "inductor_compile_config": {"max_autotune": False}},
+            "off",
+            "inductor_compile_config: user",
+            {"max_autotune": False},
+        ),
+    ],
+)
+def test_whether_kernels_are_chosen_by_measuring(
+    fields: dict[str, Any], autotune: str, why: str, options: dict[str, Any]
+) -> None:
+    config = resolved(fields)
+    assert (config.autotune, config.why["autotune"], config.inductor_compile_config) == (autotune, why, options)
+
+
 def test_the_default_is_level_2() -> None:
     config = resolved()
     assert config.level == 2
@@ -75,7 +106,7 @@ def test_objects_are_merged_key_by_key() -> None:
         env={"inductor_compile_config": {"cpp.threads": 2}},
     )
     assert config.inductor_compile_config == {"cpp.threads": 2, "max_autotune": False}
-    assert config.why["inductor_compile_config"] == "level -O3, user, ONEGRAPH_COMPILATION_CONFIG"
+    assert config.why["inductor_compile_config"] == "user, ONEGRAPH_COMPILATION_CONFIG"
 
 
 def test_the_save_format_variable() -> None:
