@@ -36,6 +36,7 @@ def compile_dynamo_graph(
             hint="call under torch.no_grad() or torch.inference_mode()",
         )
     _refuse_what_needs_a_range(config)
+    dynamo.make_floats_constant()
     fakes = tuple(n.meta["example_value"] for n in graph_module.graph.find_nodes(op="placeholder"))
     device = common_device(value.device.type for value in fakes if isinstance(value, torch.Tensor))
     foreign = custom_ops(graph_module)

@@ -106,6 +106,25 @@ def test_the_backend_changes_what_the_module_changes_across_pieces(fresh_cache: 
             torch.testing.assert_close(seen, expected_seen)
 
 
+def test_floats_are_constants_that_a_call_with_another_one_recompiles(fresh_cache: Any) -> None:
+    """Dynamo makes them inputs with dynamic=True, also the eps of a norm."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(4)
+
+        def forward(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+            return torch.relu(self.norm(x)) * scale
+
+    module = Model()
+    stock = torch.compile(module, backend="onegraph", dynamic=True)
+    with torch.no_grad():
+        for size, scale in ((3, 1.5), (8, 1.5), (8, 2.5), (3, 2.5)):
+            x = torch.randn(size, 4)
+            torch.testing.assert_close(stock(x, scale), module(x, scale))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -314,3 +314,14 @@ def test_the_plan_shows_what_lies_where() -> None:
             apart = one.offset + one.num_bytes <= other.offset or other.offset + other.num_bytes <= one.offset
             assert apart or not together, (one, other)
     assert dataclasses.asdict(buffers)["sizes"] == {"u0": 64}
+
+
+def test_a_default_device_of_the_caller_is_not_where_values_lie(fresh_cache: Any) -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(torch.relu(x @ x.t()) + 1) @ x
+
+    compiled = onegraph.compile(model, dynamic_shapes={"x": {0: Dim("n", min=2, max=64)}})
+    x = torch.randn(5, 4)
+    with torch.no_grad(), torch.device("meta"):
+        for _ in range(4):
+            torch.testing.assert_close(compiled(x), model(x))

@@ -286,16 +286,24 @@ def _with_layouts(call: PieceCallable, layouts: tuple[OutputLayout, ...]) -> Pie
 
 
 def _with_aliases(call: PieceCallable, aliases: tuple[OutputAlias, ...]) -> PieceCallable:
-    bases = [(alias, alias.output, alias.input) for alias in aliases]
+    """Gives inputs, and views of them, for outputs that share their memory."""
+    texts = [alias.place or "None" for alias in aliases]
+    places = eval(f"lambda args: ({', '.join(texts)},)")  # noqa: S307 - made of an artifact's own facts
 
     def run(inputs: list[Any]) -> Any:
-        tensors = [inputs[index] for _, _, index in bases]
+        tensors, found = [inputs[alias.input] for alias in aliases], places(inputs)
         outputs = list(call(inputs))
-        for (alias, index, _), base in zip(bases, tensors, strict=True):
-            out = outputs[index]
-            if alias.is_view and out.dtype != base.dtype:
+        for alias, base, place in zip(aliases, tensors, found, strict=True):
+            out = outputs[alias.output]
+            if not alias.is_view:
+                outputs[alias.output] = base
+            elif out.dtype != base.dtype:
                 continue  # a view of the bytes as another type, which the compiled code made over the same memory
-            outputs[index] = base.as_strided(out.size(), out.stride(), out.storage_offset()) if alias.is_view else base
+            elif place is not None:
+                *stride, offset = place
+                outputs[alias.output] = base.as_strided(out.size(), stride, base.storage_offset() + offset)
+            else:
+                outputs[alias.output] = base.as_strided(out.size(), out.stride(), out.storage_offset())
         return outputs
 
     return run

@@ -49,8 +49,11 @@ class TunedChoice:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TunedChoice:
-        """Raises KeyError or TypeError for what `to_dict` doesn't make."""
-        return cls(data["op"], tuple(data["inputs"]), dict(data["microseconds"]), str(data["choice"]))
+        """Raises KeyError, TypeError or ValueError for what `to_dict` doesn't make."""
+        times = {str(name): None if time is None else float(time) for name, time in data["microseconds"].items()}
+        if not isinstance(data["op"], str) or not isinstance(data["choice"], str):
+            raise TypeError("op and choice are names")
+        return cls(data["op"], tuple(map(str, data["inputs"])), times, data["choice"])
 
     def __str__(self) -> str:
         times = sorted(self.microseconds.items(), key=lambda item: (item[1] is None, item[1] or 0.0, item[0]))

@@ -35,7 +35,7 @@ def paged_attention(
 
     q [T, H, D]; k_cache, v_cache [N, B, K, D], holding the new tokens too; block_tables int32 [R, M];
     query_start_loc int32 [R + 1]: request r owns rows start[r]..start[r + 1]; seq_lens int32 [R]: context with
-    the new tokens. `sliding_window` w lets position p see positions p - w + 1..p; `logit_softcap` c turns
+    the new tokens. `sliding_window` w >= 1 lets position p see positions p - w + 1..p; `logit_softcap` c turns
     scores s into c * tanh(s / c); `sinks` [H] adds one logit to each softmax that takes weight and gives no
     value. Rows that no request owns are padding, and their outputs are zero. Returns [T, H, D].
 
@@ -43,6 +43,7 @@ def paged_attention(
     of blocks. So a request's shapes follow from its own length and not from its batch-mates', and nothing that lies
     in the cache beyond its context (where there may be NaN) reaches it.
     """
+    check_window(sliding_window)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     block_size, device = k_cache.shape[1], q.device
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
@@ -88,6 +89,12 @@ def paged_attention(
             q[rows][:, None], keys, values, positions, places, scale, sliding_window, logit_softcap, sinks
         )[:, 0]
     return out
+
+
+def check_window(sliding_window: int | None) -> None:
+    """Raises ValueError for a window in which a token wouldn't see itself."""
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window is {sliding_window}, and less than 1")
 
 
 def _attend(

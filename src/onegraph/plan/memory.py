@@ -218,7 +218,7 @@ class Block:
         """At least so many bytes. What was made of a smaller block is forgotten."""
         if self._storage is None or self._storage.nbytes() < size:
             self._bound.clear()
-            self._storage = torch.empty(size, dtype=torch.uint8).untyped_storage()
+            self._storage = torch.UntypedStorage(size)
         return self._storage
 
 
@@ -229,7 +229,7 @@ def _forget_first(kept: dict[tuple[int, ...], Any], most: int) -> None:
 
 def _tensor(storage: torch.UntypedStorage, offset: int, layout: Layout) -> torch.Tensor:
     size, stride, dtype = layout
-    return torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, size, stride)
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset // dtype.itemsize, size, stride)
 
 
 @dataclass

@@ -30,7 +30,7 @@ class Choices:
         data = _read(self._path("choices", digest))
         try:
             return None if data is None else TunedChoice.from_dict(data)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             log.warning("the recorded choice %s is unreadable: %r", digest[:12], error)
             return None
 

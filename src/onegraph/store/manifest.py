@@ -10,7 +10,7 @@ from typing import Any
 from onegraph.ir.artifact import Artifact, OutputAlias, OutputLayout
 from onegraph.ir.ledger import ShapeEntry
 
-FORMAT = 3
+FORMAT = 4
 
 
 class ManifestError(Exception):

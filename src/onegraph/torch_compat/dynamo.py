@@ -23,7 +23,8 @@ import torch._dynamo as dynamo
 import torch._dynamo.convert_frame as convert_frame
 import torch.fx.experimental._config as symbolic_config
 from torch._dynamo import decorators, symbolic_convert
-from torch._dynamo.exc import TorchDynamoException, Unsupported
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis, TorchDynamoException, Unsupported
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._guards import CompileContext, compile_context
 from torch.fx.experimental.symbolic_shapes import (
@@ -31,6 +32,7 @@ from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
     PendingUnbackedSymbolNotFound,
 )
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from onegraph.garbage import collected_later
 from onegraph.torch_compat.effects import Effect, effects
@@ -329,3 +331,19 @@ def current_fake_mode() -> Any:
     """The fake mode of the graph that Dynamo is handing to a backend right now."""
     context = torch._guards.TracingContext.get()
     return context.fake_mode
+
+
+def make_floats_constant() -> None:
+    """Has Dynamo trace the graph that it is handing over again, with its floats as constants that guards compare.
+
+    Dynamo hands a float over as a tensor, whose `.item()` only passes of its own can follow. Raises its request to
+    trace again, which is to reach it as it is, where there are floats.
+    """
+    shape_env = current_fake_mode().shape_env
+    values = shape_env.backed_var_to_val if hasattr(shape_env, "backed_var_to_val") else shape_env.var_to_val
+    floats = [str(symbol) for symbol in values if symbol_is_type(symbol, SymT.FLOAT)]
+    floats = [name for name in floats if not TensorifyState.should_specialize(name)]
+    for name in floats:
+        TensorifyState.specialize(name)
+    if floats:
+        raise TensorifyScalarRestartAnalysis

@@ -29,6 +29,7 @@ from onegraph.ir.target import KernelSource
 from onegraph.torch_compat.overlap import overlapping
 from onegraph.torch_compat.shapes import RawCondition, dense_order, squeezed_sizes
 from onegraph.torch_compat.toolchain import toolchain_as_declared
+from onegraph.torch_compat.view_places import view_place
 
 _HOOKS = (
     "pre_grad_custom_pass",
@@ -139,7 +140,7 @@ def compile_graph(
         source=graphs[0].source_code,
         kernels=tuple(collected),
         constants=dict(graphs[0].constants or {}),
-        aliases=tuple(_aliases(metadata)),
+        aliases=tuple(_aliases(metadata, results, fake_inputs, fake_mode.shape_env)),
         callable=None,
         not_portable=None,
         mutates_inputs=mutates_inputs,
@@ -313,10 +314,21 @@ def _mutated_overlap(metadata: Any, fake_inputs: list[Any]) -> str | None:
     return None
 
 
-def _aliases(metadata: Any) -> Iterator[OutputAlias]:
-    for index, info in enumerate(metadata.output_info):
-        if info.output_type in (OutputType.is_input, OutputType.alias_of_input):
-            yield OutputAlias(index, info.base_idx, is_view=info.output_type == OutputType.alias_of_input)
+def _aliases(metadata: Any, results: list[Any], fake_inputs: list[Any], shape_env: Any) -> Iterator[OutputAlias]:
+    """Where an input is changed, compiled code gives views of memory of its own: their place there says nothing.
+
+    Raises NotImplementedError for one whose place isn't known.
+    """
+    for index, (info, value) in enumerate(zip(metadata.output_info, results, strict=False)):
+        if info.output_type == OutputType.is_input:
+            yield OutputAlias(index, info.base_idx, is_view=False)
+        elif info.output_type == OutputType.alias_of_input:
+            place = view_place(value, fake_inputs[info.base_idx], fake_inputs, shape_env)
+            if place is None and metadata.input_info[info.base_idx].mutates_data:
+                raise NotImplementedError(
+                    f"output {index} is a view of a changed input, at a place that no input tells"
+                )
+            yield OutputAlias(index, info.base_idx, is_view=True, place=place)
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -205,9 +205,10 @@ def test_nan_in_a_query_stays_in_its_row() -> None:
         ("seq_lens", torch.tensor([10**6], dtype=torch.int32), "longer than its row"),
         ("seq_lens", torch.tensor([2], dtype=torch.int32), "shorter than its new tokens"),
         ("query_start_loc", torch.tensor([0, 10**6], dtype=torch.int32), "isn't within the queries"),
+        ("sliding_window", 0, "sliding_window is less than 1"),
     ],
 )
-def test_what_would_read_elsewhere_is_refused(name: str, value: torch.Tensor, message: str) -> None:
+def test_what_would_read_elsewhere_is_refused(name: str, value: Any, message: str) -> None:
     case = replace(make_case([(3, 60)]), **{name: value})
     with pytest.raises(RuntimeError, match=message):
         run(case)

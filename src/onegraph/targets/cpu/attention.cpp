@@ -346,6 +346,7 @@ static void plan_request(const Problem& p, int64_t request, bool by_dots, Plan& 
 
 // Refuses what would read or write elsewhere: the lengths, and the block tables where they are read.
 static void check_lengths(const Problem& p) {
+  if (p.window < 1) throw std::out_of_range("sliding_window is less than 1");
   for (int64_t r = 0; r < p.R; r++) {
     const int64_t first = p.starts[r], last = p.starts[r + 1], length = p.lengths[r];
     if (first < 0 || last < first || last > p.T) throw std::out_of_range("query_start_loc isn't within the queries");

@@ -50,6 +50,7 @@ def paged_attention(
         return attention.paged_attention(
             q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale, sliding_window, logit_softcap, sinks
         )
+    attention.check_window(sliding_window)
     (num_tokens, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q.shape, k_cache.shape
     num_requests, max_blocks = block_tables.shape
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # padding rows stay zero
