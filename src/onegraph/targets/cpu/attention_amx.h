@@ -218,7 +218,8 @@ static inline void in_order(float* sums, int64_t size) {
 }
 
 // One query with all heads. Several key-value heads share a tile of rows: each query stands in the column of its head,
-// and has zeros where other heads' keys are, so that one sum over the heads gives all their scores.
+// and has zeros where other heads' keys are, so that one sum over the heads gives all their scores. (So a key that is
+// infinite or NaN makes its token's scores NaN under the other heads of that tile, too.)
 static void attend_one_by_matrices(const Problem& p, const Item& item, State state, float* memory) {
   const int64_t G = p.G(), D = p.D, steps = D / DEEP, width = p.K * D;
   const int64_t together = EDGE / G, tiles_of_heads = (p.K + together - 1) / together;
