@@ -297,16 +297,22 @@ def _with_aliases(call: PieceCallable, aliases: tuple[OutputAlias, ...]) -> Piec
             out = outputs[alias.output]
             if not alias.is_view:
                 outputs[alias.output] = base
-            elif out.dtype != base.dtype:
-                continue  # a view of the bytes as another type, which the compiled code made over the same memory
             elif place is not None:
-                *stride, offset = place
-                outputs[alias.output] = base.as_strided(out.size(), stride, base.storage_offset() + offset)
-            else:
+                outputs[alias.output] = _laid_over(base, out, *place)
+            elif out.dtype == base.dtype:  # else compiled code made it over the same memory
                 outputs[alias.output] = base.as_strided(out.size(), out.stride(), out.storage_offset())
         return outputs
 
     return run
+
+
+def _laid_over(base: torch.Tensor, out: torch.Tensor, *place: int) -> torch.Tensor:
+    """A tensor of the size and dtype of `out` in the memory of `base`; `place` is as for OutputAlias."""
+    *stride, num_bytes = place
+    offset = (base.storage_offset() * base.itemsize + num_bytes) // out.itemsize
+    if out.dtype == base.dtype:
+        return base.as_strided(out.size(), stride, offset)
+    return torch.empty(0, dtype=out.dtype, device=base.device).set_(base.untyped_storage(), offset, out.size(), stride)
 
 
 def _first_lines(error: BaseException) -> str:

@@ -90,8 +90,8 @@ class OutputAlias:
     """An output that shares memory with an input: the input itself, or a view of it.
 
     The compiled code returns a tensor of the view's size, which is laid over the input: at `place`, Python text over
-    `args`, the piece's inputs, for the strides and the offset from the input's own; None where that isn't known, and
-    the compiled code's tensor tells.
+    `args`, the piece's inputs, for the strides and the bytes from the input's first element; None where that isn't
+    known, and the compiled code's tensor tells.
     """
 
     output: int

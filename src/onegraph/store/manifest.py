@@ -10,7 +10,7 @@ from typing import Any
 from onegraph.ir.artifact import Artifact, OutputAlias, OutputLayout
 from onegraph.ir.ledger import ShapeEntry
 
-FORMAT = 4
+FORMAT = 5
 
 
 class ManifestError(Exception):

@@ -13,7 +13,7 @@ from onegraph.torch_compat.shapes import expression, is_plain_symbol
 
 
 def view_place(view: torch.Tensor, base: torch.Tensor, inputs: Sequence[Any], shape_env: Any) -> str | None:
-    """A tuple over `args`, the graph's inputs: the view's strides, then its offset from that of `base`, in elements.
+    """A tuple over `args`, the graph's inputs: the view's strides, then the bytes from where `base` begins.
 
     `view` and `base` are symbolic values. None where a size in it is none of the inputs', nor of their dims.
     """
@@ -25,7 +25,8 @@ def view_place(view: torch.Tensor, base: torch.Tensor, inputs: Sequence[Any], sh
                 shown = f"args[{index}]" if dim is None else f"args[{index}].shape[{dim}]"
                 known.setdefault(str(expression(size, shape_env)), shown)
     texts = []
-    for number in (*view.stride(), view.storage_offset() - base.storage_offset()):
+    num_bytes = view.storage_offset() * view.itemsize - base.storage_offset() * base.itemsize
+    for number in (*view.stride(), num_bytes):
         expr = expression(number, shape_env)
         if not {str(symbol) for symbol in expr.free_symbols} <= known.keys():
             return None
