@@ -51,6 +51,8 @@ class Target(Protocol):
     """The devices whose kernels may stand in one piece of this target's."""
     op_kernels_kind: str
     """What the kernels of onegraph's own ops are, in words."""
+    facts: frozenset[str]
+    """What passes may rely on, by name, such as `linear_kernels`."""
     plans_memory: bool
     """Whether intermediate values can have places in a block of memory that calls share, instead of an allocator's."""
 
@@ -84,6 +86,22 @@ class Target(Protocol):
 
     def load_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Any]:
         """Loads what `start_build` made; gives a callable for each kernel name."""
+        ...
+
+    def kernel_sources(self, files: Mapping[str, Path], names: Mapping[str, str]) -> dict[str, str]:
+        """The texts of an artifact's kernels as people edit them, by file name. Nothing else reads them.
+
+        `names` maps the kernels that the artifact calls to their names in its wrapper.
+        """
+        ...
+
+    def build_edited(
+        self, files: Mapping[str, Path], names: Mapping[str, str], sources: Mapping[str, Path]
+    ) -> dict[str, bytes]:
+        """What takes the place of files of an artifact, made of its texts of `kernel_sources` after an edit.
+
+        Raises CompileError in the toolchain's words, which name the file and the line.
+        """
         ...
 
     def op_kernel_factors(self) -> dict[str, Any]:

@@ -13,17 +13,50 @@ from typing import Any
 
 import torch
 
+from onegraph.torch_compat.operators import dispatcher_is_watched
+
 LIBRARY = torch.library.Library("onegraph", "DEF")
 
+_with_out: list[Any] = []
 _implemented: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
-def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Registers an op for all devices, with the function that stands for it while shapes are traced."""
+def define(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    layout: torch.Tag = torch.Tag.needs_fixed_stride_order,
+) -> None:
+    """Registers an op for all devices, with the function that stands for it while shapes are traced.
+
+    `layout` says in which strides compiled code may hand inputs over: as eager does, or as it likes.
+    """
     name = schema.split("(", 1)[0]
-    LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    LIBRARY.define(schema, tags=(layout,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"onegraph::{name}", fake, lib=LIBRARY)
+
+
+def define_out(schema: str) -> None:
+    """Gives a defined op of one result an overload `out`, which writes the result into memory that it is given.
+
+    Compiled code calls it, so that the result lies in planned memory. The schema is the op's, `linear(Tensor x) ->
+    Tensor`, without defaults.
+    """
+    name, arguments = schema.removesuffix(") -> Tensor").split("(", 1)
+    op = getattr(getattr(torch.ops, LIBRARY.ns), name).default
+
+    def out_of(*args: Any, out: torch.Tensor) -> torch.Tensor:
+        return out.copy_(op(*args))
+
+    LIBRARY.define(f"{name}.out({arguments}, *, Tensor(a!) out) -> Tensor(a!)")
+    LIBRARY.impl(f"{name}.out", out_of, "CompositeExplicitAutograd")
+    _with_out.append(op)
+
+
+def ops_with_out() -> tuple[Any, ...]:
+    """The ops (OpOverloads) that `define_out` has given an overload."""
+    return tuple(_with_out)
 
 
 def implement(name: str, dispatch_key: str, implementation: Callable[..., Any]) -> None:
@@ -34,8 +67,39 @@ def implement(name: str, dispatch_key: str, implementation: Callable[..., Any]) 
     """
     LIBRARY.impl(name, implementation, dispatch_key)
     _implemented[name, dispatch_key] = implementation
+    if any(op._schema.name == f"{LIBRARY.ns}::{name}" for op in _with_out):
+
+        def out_of(*args: Any, out: torch.Tensor) -> torch.Tensor:
+            result = implementation(*args, out=out)
+            return out if result is out else out.copy_(result)
+
+        LIBRARY.impl(f"{name}.out", out_of, dispatch_key)
 
 
 def implementation(name: str, dispatch_key: str) -> Callable[..., Any] | None:
     """What `implement` has put there: what the dispatcher calls for plain tensors of that device."""
     return _implemented.get((name, dispatch_key))
+
+
+class OutFunctions:
+    """The ops with an overload `out` as plain functions for a device: `functions.linear(x, weight, bias, out=memory)`.
+
+    Each calls what the dispatcher would pick, without the dispatcher, which takes several microseconds; while something
+    listens there (a profiler, a dispatch mode), the op goes through it.
+    """
+
+    def __init__(self, dispatch_key: str) -> None:
+        self._dispatch_key = dispatch_key
+
+    def __getattr__(self, name: str) -> Callable[..., torch.Tensor]:
+        dispatched = getattr(getattr(torch.ops, LIBRARY.ns), name).out
+        function = implementation(name, self._dispatch_key)
+
+        def call(*args: Any, out: torch.Tensor) -> torch.Tensor:
+            if function is None or dispatcher_is_watched():
+                return dispatched(*args, out=out)
+            result = function(*args, out=out)
+            return out if result is out else out.copy_(result)
+
+        setattr(self, name, call)
+        return call

@@ -64,6 +64,16 @@ class FilledMemory(TorchDispatchMode):
         return result
 
 
+def enters_autocast(node: torch.fx.Node) -> bool:
+    """Whether a node of Dynamo's switches autocast on, with the same call that switches it off elsewhere."""
+    return getattr(node.target, "__name__", "") == "_enter_autocast" and bool(node.args[2])
+
+
+def is_transformed(value: torch.Tensor) -> bool:
+    """Whether a tensor is wrapped by a transform of torch.func, such as vmap: it has no storage to ask for."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
+
+
 def _is_floating(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 

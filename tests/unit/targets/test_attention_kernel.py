@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import platform
 import random
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from onegraph.ops import attention, kv_cache
-from onegraph.targets.cpu import attention as kernel
-from onegraph.targets.cpu.target import LIBRARY, CpuTarget
-from onegraph.torch_compat import toolchain
+from onegraph.torch_compat import cpu_facts
 
 pytestmark = pytest.mark.usefixtures("op_kernels")
+
+KernelsBuiltWith = Callable[..., Mapping[str, Callable[..., torch.Tensor]]]
 
 FP32_TOLERANCE = 1e-5
 BF16_FACTOR = 1.5
@@ -143,28 +141,19 @@ def test_bf16_is_as_near_to_fp64_as_the_reference(seed: int) -> None:
     assert (run(case) - wanted).abs().max() <= BF16_FACTOR * reference
 
 
-def attend_built_with(flags: list[str], folder: Path) -> Callable[..., torch.Tensor]:
-    """The op's implementation as the compiler makes it with `flags` after ours."""
-    source = folder / "kernels.cpp"
-    source.write_text(kernel.library_source())
-    command, library = toolchain.compile_command([str(source)], "kernels", folder)
-    subprocess.run([*command, *kernel.FLAGS, *flags], check=True, cwd=folder)
-    return CpuTarget().load_op_kernels({LIBRARY: library})["paged_attention"]
-
-
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
-def test_vectors_of_four_floats_do_too(tmp_path: Path) -> None:
+def test_vectors_of_four_floats_do_too(kernels_built_with: KernelsBuiltWith) -> None:
     """What other CPUs run; a tail of fewer than eight keys once wrote far beyond the scores."""
-    attend = attend_built_with(["-march=x86-64", "-mno-avx", "-mno-fma"], tmp_path)
+    attend = kernels_built_with("-march=x86-64", "-mno-avx", "-mno-fma")["paged_attention"]
     for seed in range(10):
         case = drawn(seed)
         assert (attend(*case.arguments()) - exact(case)).abs().max() < FP32_TOLERANCE
 
 
-@pytest.mark.skipif("amx_bf16" not in toolchain.cpu_flags(), reason="this CPU has no matrix instructions to leave out")
-def test_bf16_without_matrix_instructions_does_too(tmp_path: Path) -> None:
+@pytest.mark.skipif("amx_bf16" not in cpu_facts.cpu_flags(), reason="this CPU has no matrix instructions to leave out")
+def test_bf16_without_matrix_instructions_does_too(kernels_built_with: KernelsBuiltWith) -> None:
     """What runs on a CPU without AMX, and where the system doesn't let a process use it."""
-    attend = attend_built_with(["-mno-amx-bf16"], tmp_path)
+    attend = kernels_built_with("-mno-amx-bf16")["paged_attention"]
     for seed in range(30, 40):
         case = drawn(seed).to(torch.bfloat16)
         wanted = exact(case)

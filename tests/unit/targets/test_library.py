@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from onegraph.ir.target import KernelSource
-from onegraph.targets.cpu.library import library_source
+from onegraph.targets.cpu.library import library_source, only_kernels
 
 SHARED = """
 #include <torch/csrc/inductor/cpp_prefix.h>
@@ -65,3 +65,16 @@ def test_includes_stand_once_at_the_top() -> None:
     text = library_source([KernelSource("a", ARGUMENTS, SHARED), KernelSource("b", ARGUMENTS, other)])
     assert text.count("#include <torch/csrc/inductor/cpp_prefix.h>") == 1
     assert text.index("#include <torch/csrc") < text.index("namespace kernel_0") < text.index("namespace kernel_1")
+
+
+def test_a_piece_has_only_its_own_kernels_below_their_names() -> None:
+    """Twins are one body with two names; what another piece of the build put in is left out."""
+    other = SHARED.replace("16L", "8L")
+    built = library_source([KernelSource(name, ARGUMENTS, SHARED if name != "b" else other) for name in "abc"])
+    text = only_kernels(built, {"b": "cpp_fused_0"})
+    assert "// cpp_fused_0\nnamespace kernel_1 {\n" in text and "namespace kernel_0" not in text
+    assert text.count("METH_FASTCALL, nullptr}") == 1 and '{"b", ' in text
+    assert only_kernels(built, {"a": "one", "c": "two"}).count("// one, two\nnamespace kernel_0 {") == 1
+    assert only_kernels(built, {"a": "one", "b": "two", "c": "three"}).replace("// one, three\n", "") == built.replace(
+        "namespace kernel_1", "// two\nnamespace kernel_1"
+    )

@@ -255,7 +255,7 @@ static void attend_by_tiles(const Problem& p, const Item& item, State state, con
 
 // By matrix instructions, where the processor has them for this type and size.
 template <typename T>
-static bool run_item_by_matrices(const Problem& p, const Item& item, float* parts) {
+static bool run_item_by_matrices(const Problem& p, const Item& item, const Item* next, float* parts) {
 #if defined(ONEGRAPH_AMX)
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (!uses_matrices(p)) return false;
@@ -265,7 +265,7 @@ static bool run_item_by_matrices(const Problem& p, const Item& item, float* part
     begin_rows<T>(p, item, state);
     const Registers registers;
     if (item.by_dots) {
-      attend_one_by_matrices(p, item, state, own + size);
+      attend_one_by_matrices(p, item, next != nullptr && next->by_dots ? next : nullptr, state, own + size);
     } else {
       attend_by_matrices(p, item, state, own + size);
     }
@@ -277,8 +277,8 @@ static bool run_item_by_matrices(const Problem& p, const Item& item, float* part
 }
 
 template <typename T>
-static void run_item(const Problem& p, const Item& item, float* parts) {
-  if (run_item_by_matrices<T>(p, item, parts)) return;
+static void run_item(const Problem& p, const Item& item, const Item* next, float* parts) {
+  if (run_item_by_matrices<T>(p, item, next, parts)) return;
   const int64_t P = p.P(), rows = item.rows();
   const int64_t tile = item.by_dots ? CHUNK * p.K * P + p.H * DOT_KEYS : TILE_KEYS * (2 * P + MAX_MULTIPLIED);
   float* queries = scratch(rows * P + State::size(rows, P) + tile);
@@ -365,14 +365,18 @@ template <typename T>
 static void attend(const Problem& p, const Plan& plan, float* parts) {
   const int64_t items = plan.items.size(), merges = plan.merges.size();
   if (plan.work < SERIAL_WORK || items == 1 || p.threads == 1) {
-    for (const Item& item : plan.items) run_item<T>(p, item, parts);
+    for (int64_t i = 0; i < items; i++)
+      run_item<T>(p, plan.items[i], i + 1 < items ? &plan.items[i + 1] : nullptr, parts);
     for (const Merge& merge : plan.merges) run_merge<T>(p, merge, parts);
     return;
   }
 #pragma omp parallel num_threads(p.threads)
   {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < items; i++) run_item<T>(p, plan.items[i], parts);
+    for (int64_t i = 0; i < items; i++) {
+      const int64_t next = i + p.threads;  // where threads take turns
+      run_item<T>(p, plan.items[i], next < items ? &plan.items[next] : nullptr, parts);
+    }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < merges; i++) run_merge<T>(p, plan.merges[i], parts);
   }
@@ -431,16 +435,6 @@ static void write_kv_cache(
   }
 }
 
-// Reads a Python call's arguments in their order.
-struct Arguments {
-  PyObject* const* next;
-  template <typename T>
-  T take() {
-    return argument<T>(*next++);
-  }
-  const void* take_optional() { return *next == &_Py_NoneStruct ? (next++, nullptr) : take<const void*>(); }
-};
-
 static PyObject* call_paged_attention(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return guarded(count, 24, [&] {
     Arguments args{given};
@@ -482,12 +476,3 @@ static PyObject* call_write_kv_cache(PyObject*, PyObject* const* given, Py_ssize
 }
 
 }  // namespace onegraph
-
-static PyMethodDef methods[] = {
-    {"bind", onegraph::bind, METH_O, nullptr},
-    {"paged_attention", reinterpret_cast<PyCFunction>(onegraph::call_paged_attention), METH_FASTCALL, nullptr},
-    {"write_kv_cache", reinterpret_cast<PyCFunction>(onegraph::call_write_kv_cache), METH_FASTCALL, nullptr},
-    {nullptr, nullptr, 0, nullptr}};
-static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "onegraph_kernels", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
-PyMODINIT_FUNC PyInit_onegraph_kernels(void) { return PyModule_Create(&definition); }

@@ -11,32 +11,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from onegraph.ops import attention, kv_cache
 
-FLAGS = ("-ffp-contract=fast",)
-"""Beside those of Inductor, which rounds products before they are added, as eager does; attention is judged in fp64."""
-
-SOURCES = ("bindings.h", "attention.h", "attention_amx.h", "attention.cpp")
-
 _NO_WINDOW = 1 << 60
 
 
-def library_source() -> str:
-    """The C++ text of the extension module `onegraph_kernels` with `paged_attention`, `write_kv_cache`."""
-    folder = Path(__file__).parent
-    return "".join((folder / name).read_text() for name in SOURCES)
-
-
 def implementations(library: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
-    """By op name; each is called with CPU tensors as its op's schema says.
-
-    One with a result also takes `out`: contiguous memory of the result's shape and dtype, which it may use for it.
-    """
+    """By op name."""
     return {
         "paged_attention": functools.partial(_paged_attention, library["paged_attention"]),
         "write_kv_cache": functools.partial(_write_kv_cache, library["write_kv_cache"]),

@@ -4,43 +4,12 @@
 // the cache, the softmax runs over vectors of rows without a sum across lanes, and pairs of weights are at once in the
 // form that the values are multiplied with. Products are exact and summed in fp32; weights are rounded to bf16, as
 // SDPA's are, and their sum is that of the rounded ones.
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#define ONEGRAPH_AMX 1
-#include <sys/syscall.h>
-#include <unistd.h>
-
+#if defined(ONEGRAPH_AMX)
 namespace onegraph {
 
-constexpr int64_t EDGE = 16;                 // rows of a matrix register, each of 64 bytes
-constexpr int64_t DEEP = 32;                 // bf16 of such a row
-constexpr int64_t MATRIX = EDGE * DEEP;      // bf16 of a register
 constexpr int64_t CHUNK_KEYS = 128;          // keys that are weighed at a time
 constexpr int64_t AT_ONCE = 4;               // tiles of keys whose scores are summed at a time
 constexpr int64_t CHUNK_TILES = CHUNK_KEYS / EDGE;
-
-// Whether the system lets this process use the registers.
-static bool amx_is_allowed() {
-  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool allowed = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-  return allowed;
-}
-
-// All registers at their full size, for as long as this lives.
-struct Registers {
-  Registers() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    static_assert(sizeof(config) == 64);
-    _tile_loadconfig(&config);
-  }
-  ~Registers() { _tile_release(); }
-};
-
-// The instructions' memory isn't seen by every compiler.
-static inline void memory_is_written() { __asm__ volatile("" ::: "memory"); }
 
 // Rounded to bf16, whose bits stand in the lower halves.
 static inline Words rounded(Floats value) {
@@ -55,29 +24,6 @@ static inline Floats exp2_for_bf16(Floats x) {
   power = power * fraction + 0.69312419f;
   power = power * fraction + 1.0f;
   return _mm512_scalef_ps(power, x - fraction);
-}
-
-// Sixteen rows of sixteen words, in place.
-static inline void transpose(__m512i (&rows)[EDGE]) {
-  __m512i other[EDGE];
-  for (int i = 0; i < 16; i += 2) {
-    other[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    other[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; j++) {
-      rows[i + 2 * j] = _mm512_unpacklo_epi64(other[i + j], other[i + 2 + j]);
-      rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(other[i + j], other[i + 2 + j]);
-    }
-  for (int i = 0; i < 16; i += 8)
-    for (int j = 0; j < 4; j++) {
-      other[i + j] = _mm512_shuffle_i32x4(rows[i + j], rows[i + 4 + j], 0x88);
-      other[i + 4 + j] = _mm512_shuffle_i32x4(rows[i + j], rows[i + 4 + j], 0xdd);
-    }
-  for (int j = 0; j < 8; j++) {
-    rows[j] = _mm512_shuffle_i32x4(other[j], other[8 + j], 0x88);
-    rows[8 + j] = _mm512_shuffle_i32x4(other[j], other[8 + j], 0xdd);
-  }
 }
 
 // Sixteen keys, `stride` bytes apart.
@@ -217,10 +163,18 @@ static inline void in_order(float* sums, int64_t size) {
   }
 }
 
+// Has rows of `size` elements brought near, which the processor doesn't guess across blocks.
+static inline void fetch_rows(const BFloat16* const* rows, int64_t count, int64_t size) {
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t at = 0; at < size; at += 32) __builtin_prefetch(rows[i] + at, 0, 2);
+}
+
 // One query with all heads. Several key-value heads share a tile of rows: each query stands in the column of its head,
 // and has zeros where other heads' keys are, so that one sum over the heads gives all their scores. (So a key that is
 // infinite or NaN makes its token's scores NaN under the other heads of that tile, too.)
-static void attend_one_by_matrices(const Problem& p, const Item& item, State state, float* memory) {
+// `next` is the item that comes after this one, or null: its keys are fetched meanwhile.
+static void attend_one_by_matrices(
+    const Problem& p, const Item& item, const Item* next, State state, float* memory) {
   const int64_t G = p.G(), D = p.D, steps = D / DEEP, width = p.K * D;
   const int64_t together = EDGE / G, tiles_of_heads = (p.K + together - 1) / together;
   float* scores = memory;                                                           // [tile of heads, key, 16]
@@ -234,13 +188,22 @@ static void attend_one_by_matrices(const Problem& p, const Item& item, State sta
     BFloat16* to = queries + head / G * steps * MATRIX + column * 2;
     for (int64_t pair = 0; pair < D / 2; pair++) std::memcpy(static_cast<void*>(to + pair * DEEP), from + pair * 2, 4);
   }
-  const BFloat16 *keys[CHUNK_KEYS], *values[CHUNK_KEYS];
+  const BFloat16 *keys[CHUNK_KEYS], *values[CHUNK_KEYS], *later[CHUNK_KEYS];
   KeyTile tiles[CHUNK_TILES];
   int64_t count;
+  const auto chunk = [](const Item& of, int64_t place) {
+    return std::min(place / CHUNK_KEYS * CHUNK_KEYS + CHUNK_KEYS, of.end) - place;
+  };
   for (int64_t place = item.begin; place < item.end; place += count) {
-    count = std::min(place / CHUNK_KEYS * CHUNK_KEYS + CHUNK_KEYS, item.end) - place;
+    count = chunk(item, place);
     find_rows(p, static_cast<const BFloat16*>(p.k_cache), item.request, place, count, keys);
+    const Item* following = place + count < item.end ? &item : next;
+    const int64_t then = following == &item ? place + count : following ? following->begin : 0;
+    const int64_t num_later = following ? chunk(*following, then) : 0;
+    if (num_later)
+      find_rows(p, static_cast<const BFloat16*>(p.k_cache), following->request, then, num_later, later);
     find_rows(p, static_cast<const BFloat16*>(p.v_cache), item.request, place, count, values);
+    fetch_rows(values, count, width);  // is on its way while the keys are multiplied
     const int64_t num_tiles = find_tiles(p, keys, place, count, 0, width, copies, tiles);
     for (int64_t part = 0; part < tiles_of_heads; part++) {
       const int64_t first = part * together, heads = std::min(together, p.K - first), row = first * G;
@@ -262,6 +225,8 @@ static void attend_one_by_matrices(const Problem& p, const Item& item, State sta
     }
     for (int64_t i = 0; i < count; i += CHUNK) {
       const int64_t few = std::min<int64_t>(CHUNK, count - i);
+      const int64_t until = i + CHUNK < count ? i + CHUNK : CHUNK_KEYS;
+      fetch_rows(later + i, std::clamp<int64_t>(num_later - i, 0, until - i), width);
       for (int64_t kv_head = 0; kv_head < p.K; kv_head++)
         for_shared_heads(G, [&](int64_t g, auto heads) {
           const int64_t column = kv_head % together * G + g, from = kv_head * D;

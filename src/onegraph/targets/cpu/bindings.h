@@ -82,6 +82,16 @@ static inline T argument(PyObject* value) {
   }
 }
 
+// Reads a Python call's arguments in their order.
+struct Arguments {
+  PyObject* const* next;
+  template <typename T>
+  T take() {
+    return argument<T>(*next++);
+  }
+  const void* take_optional() { return *next == &_Py_NoneStruct ? (next++, nullptr) : take<const void*>(); }
+};
+
 template <typename F>
 static PyObject* guarded(Py_ssize_t given, Py_ssize_t expected, F&& body) {
   if (given != expected) {

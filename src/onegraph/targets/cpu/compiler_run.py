@@ -10,7 +10,6 @@ from pathlib import Path
 
 from onegraph.counters import counters
 from onegraph.errors import CompileError
-from onegraph.torch_compat import toolchain
 
 SOURCE, LIBRARY = "kernels.cpp", "kernels.so"
 _ERRORS = "errors.txt"
@@ -30,6 +29,8 @@ class CompilerRun:
             raise CompileError(
                 f"the sources can't be written: {error}", where=where, hint=f"make room in {tempfile.gettempdir()}"
             ) from error
+        from onegraph.torch_compat import toolchain  # imports Inductor, which takes a second
+
         command, self._library = toolchain.compile_command([str(folder / SOURCE)], "kernels", folder)
         counters.add("gxx_runs")
         try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onegraph.ir.target import KernelSource
@@ -24,6 +24,9 @@ _GRAIN = 32768
 _PARALLEL = re.compile(r"#pragma omp parallel(?: num_threads\(\d+\))?$", re.MULTILINE)
 _LOOP = re.compile(r"for\(int64_t (\w+)=[^;]*; *\1 *< *static_cast<int64_t>\(((?:[^()]|\([^()]*\))*)\)")
 _SIZES_ONLY = re.compile(r"(?:\bks\d+\b|\b\d+L?L?\b|[-+*/%() ])+")
+_KERNEL = re.compile(r"^namespace kernel_(\d+) \{$", re.MULTILINE)
+_TABLE = "static PyMethodDef methods[] = {"
+_METHOD = re.compile(r'  \{"(\w+)", reinterpret_cast<PyCFunction>\(call_(\d+)\)')
 _ENTRY = re.compile(r'extern\s+"C"\s+(?=void\s+kernel\s*\()')
 
 
@@ -57,6 +60,26 @@ def library_source(kernels: Sequence[KernelSource]) -> str:
             "",
         ]
     )
+
+
+def only_kernels(text: str, names: Mapping[str, str]) -> str:
+    """The text of `library_source` without other kernels than these, each below its name in words."""
+    code, table, methods = text.partition(_TABLE)
+    head, *parts = _KERNEL.split(code)
+    kept: list[str] = []
+    called: dict[str, list[str]] = {}
+    for line in methods.splitlines(keepends=True):
+        method = _METHOD.match(line)
+        if method is None or method[1] in names:
+            kept.append(line)
+        if method is not None and method[1] in names:
+            called.setdefault(method[2], []).append(names[method[1]])
+    bodies = [
+        f"// {', '.join(called[number])}\nnamespace kernel_{number} {{{body}"
+        for number, body in zip(parts[::2], parts[1::2], strict=True)
+        if number in called
+    ]
+    return "".join([head, *bodies, table, *kept])
 
 
 def _hoist_includes(source: str, includes: dict[str, None]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.machinery
 import importlib.util
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 
 from onegraph.errors import CompileError
 from onegraph.ir.target import KernelBuild, KernelSource
-from onegraph.targets.cpu import attention, memory
-from onegraph.targets.cpu.compiler_run import LIBRARY, CompilerRun, NothingToBuild, no_compiler
-from onegraph.targets.cpu.library import MODULE, library_source
-from onegraph.torch_compat import toolchain
+from onegraph.targets.cpu import memory, own_ops
+from onegraph.targets.cpu.compiler_run import LIBRARY, SOURCE, CompilerRun, NothingToBuild, no_compiler
+from onegraph.targets.cpu.library import MODULE, library_source, only_kernels
+from onegraph.torch_compat import cpu_facts
+from onegraph.torch_compat.changed_config import cpp_settings
 
 
 class CpuTarget:
@@ -26,6 +28,7 @@ class CpuTarget:
     dispatch_key = "CPU"
     device_types: tuple[str, ...] = ("cpu",)
     op_kernels_kind = "C++ kernel"
+    facts: frozenset[str] = frozenset({"linear_kernels", "rotary_kernel"})
     plans_memory = True
 
     def fingerprint(self) -> dict[str, Any]:
@@ -35,7 +38,7 @@ class CpuTarget:
         """
         return {
             "isa": torch.backends.cpu.get_cpu_capability(),
-            "cpu_flags": toolchain.cpu_flags(),
+            "cpu_flags": cpu_facts.cpu_flags(),
             "threads": torch.get_num_threads(),
         }
 
@@ -57,6 +60,8 @@ class CpuTarget:
 
     def check_toolchain(self) -> None:
         """Raises CompileError where no C++ compiler answers."""
+        from onegraph.torch_compat import toolchain  # imports Inductor, which takes a second
+
         try:
             toolchain.compiler_version(toolchain.cpp_compiler())
         except toolchain.ToolchainMissingError as error:
@@ -72,23 +77,35 @@ class CpuTarget:
             )
         return self._start(library_source(kernels), "building the kernels of a piece") if kernels else NothingToBuild()
 
+    def kernel_sources(self, files: Mapping[str, Path], names: Mapping[str, str]) -> dict[str, str]:
+        """The C++ text, without what other pieces of the same build had put into it."""
+        return {SOURCE: only_kernels(files[SOURCE].read_text(), names)} if SOURCE in files else {}
+
+    def build_edited(
+        self, files: Mapping[str, Path], names: Mapping[str, str], sources: Mapping[str, Path]
+    ) -> dict[str, bytes]:
+        """The library of the edited text, whose errors and debug information name the edited file."""
+        path = sources[SOURCE]
+        text = f"#line 1 {json.dumps(str(path))}\n{path.read_text()}"
+        return {LIBRARY: self._start(text, f"building the edited {path}").files()[LIBRARY]}
+
     def op_kernel_factors(self) -> dict[str, Any]:
         """Source, flags with what torch derives more of them from, and the machine; not the number of threads."""
         return {
-            "source": hashlib.sha256(attention.library_source().encode()).hexdigest(),
-            "flags": list(attention.FLAGS),
+            "source": hashlib.sha256(own_ops.library_source().encode()).hexdigest(),
+            "flags": list(own_ops.FLAGS),
             "torch": torch.__version__,
-            "inductor": toolchain.flag_settings(),
-            "cpu_flags": toolchain.cpu_flags(),
+            "inductor": cpp_settings(),
+            "cpu_flags": cpu_facts.cpu_flags(),
         }
 
     def start_op_kernels_build(self) -> KernelBuild:
-        """The library of `attention.cpp`. Raises CompileError."""
-        return self._start(attention.library_source(), "building the attention kernel", attention.FLAGS)
+        """The library of `own_ops.py`. Raises CompileError."""
+        return self._start(own_ops.library_source(), "building the kernels of onegraph's ops", own_ops.FLAGS)
 
     def load_op_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Callable[..., Any]]:
-        """The ops of `targets/cpu/attention.py`."""
-        return attention.implementations(self.load_kernels(files))
+        """The ops of `targets/cpu/own_ops.py`."""
+        return own_ops.implementations(self.load_kernels(files))
 
     def _start(self, text: str, where: str, flags: Sequence[str] = ()) -> KernelBuild:
         self.check_toolchain()
@@ -104,5 +121,5 @@ class CpuTarget:
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
-        module.bind(toolchain.tensor_data_pointer_function())
+        module.bind(cpu_facts.tensor_data_pointer_function())
         return vars(module)

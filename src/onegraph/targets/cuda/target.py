@@ -17,7 +17,7 @@ from onegraph.ir.target import KernelBuild, KernelSource
 from onegraph.targets.cpu.compiler_run import NothingToBuild
 from onegraph.targets.cpu.target import CpuTarget
 from onegraph.targets.cuda import attention
-from onegraph.targets.cuda.triton_build import MixedBuild, load_triton_kernels
+from onegraph.targets.cuda.triton_build import MixedBuild, build_edited_kernels, kernel_texts, load_triton_kernels
 from onegraph.torch_compat import inductor, triton_kernels
 
 
@@ -28,6 +28,7 @@ class CudaTarget:
     dispatch_key = "CUDA"
     device_types: tuple[str, ...] = ("cpu", "cuda")
     op_kernels_kind = "Triton kernel"
+    facts: frozenset[str] = frozenset()
     plans_memory = False
 
     def __init__(self) -> None:
@@ -94,6 +95,18 @@ class CudaTarget:
     def load_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Any]:
         """Triton's kernels as Inductor's runtime launches them, and C++ functions."""
         return {**self._cpu.load_kernels(files), **load_triton_kernels(files)}
+
+    def kernel_sources(self, files: Mapping[str, Path], names: Mapping[str, str]) -> dict[str, str]:
+        """A Python file for each Triton kernel, called as in the wrapper, and the C++ text."""
+        return {**self._cpu.kernel_sources(files, names), **kernel_texts(files, names)}
+
+    def build_edited(
+        self, files: Mapping[str, Path], names: Mapping[str, str], sources: Mapping[str, Path]
+    ) -> dict[str, bytes]:
+        """The library of the C++ text, and Triton's kernels compiled anew."""
+        cpp = {name: path for name, path in sources.items() if path.suffix != ".py"}
+        built = self._cpu.build_edited(files, names, cpp) if cpp else {}
+        return {**built, **build_edited_kernels(files, names, sources)}
 
     def op_kernel_factors(self) -> dict[str, Any]:
         """The kernels' source: Triton compiles it for the sizes of a model when it first calls them."""

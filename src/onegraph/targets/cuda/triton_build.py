@@ -11,6 +11,7 @@ import json
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,40 @@ def load_triton_kernels(files: Mapping[str, Path]) -> dict[str, Any]:
             packed.extractall(folder)
         triton_kernels.move_cache(folder / _CACHE)
         return _load(folder)
+
+
+def kernel_texts(files: Mapping[str, Path], names: Mapping[str, str]) -> dict[str, str]:
+    """The sources of an artifact's kernels of these names, by file name: `NAME.py` for the name in the wrapper."""
+    return {f"{names[kernel.name]}.py": kernel.source for kernel in _kernels(files) if kernel.name in names}
+
+
+def build_edited_kernels(
+    files: Mapping[str, Path], names: Mapping[str, str], sources: Mapping[str, Path]
+) -> dict[str, bytes]:
+    """The zip made of these sources, where they aren't those of the artifact. Raises CompileError."""
+    original = kernel_texts(files, names)
+    texts = {name: sources[name].read_text() for name in original}
+    if texts == original:
+        return {}
+    kernels = [
+        replace(kernel, source=texts[f"{names[kernel.name]}.py"]) for kernel in _kernels(files) if kernel.name in names
+    ]
+    try:
+        return build_triton_kernels(kernels)
+    except CompileError as error:
+        edited = [str(sources[name]) for name in original if texts[name] != original[name]]
+        raise CompileError(error.message, where=", ".join(edited), hint=error.hint) from error
+
+
+def _kernels(files: Mapping[str, Path]) -> list[KernelSource]:
+    if KERNELS not in files:
+        return []
+    with zipfile.ZipFile(files[KERNELS]) as packed:
+        functions: dict[str, str] = json.loads(packed.read(_INDEX))
+        return [
+            KernelSource(name, (), packed.read(f"{name}.py").decode(), "triton", function)
+            for name, function in functions.items()
+        ]
 
 
 def _load(folder: Path) -> dict[str, Any]:
