@@ -17,6 +17,14 @@ _IN_PLACE = frozenset(
                                             "ior", "ixor", "ilshift", "irshift", "imatmul")}
 )  # fmt: skip
 
+_CHANGES_LAYOUT = frozenset({"t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "resize_",
+                             "resize_as_", "set_", "as_strided_"})  # fmt: skip
+
+
+def changes_layout(node: Node) -> bool:
+    """Whether the call gives a tensor other sizes or strides in place: another tensor over its memory keeps its own."""
+    return node.op == "call_method" and node.target in _CHANGES_LAYOUT
+
 
 def changes_memory(node: Node) -> bool:
     """Whether the call may change one of its arguments in place."""
@@ -80,6 +88,30 @@ def _parameters(function: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
+def called(node: Node) -> str:
+    """What a call does, by one name for all spellings: `add` for `a + b`, `a.add(b)`, `torch.add`, `aten.add.Tensor`.
+
+    An operator of another library has its full name (`onegraph::linear`); what isn't a call, and a call of anything
+    else than torch's functions and Python's operators, has none: "".
+    """
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    schema = _schema(node.target)
+    if schema is not None or hasattr(node.target, "overloads"):
+        namespace, _, name = (schema.name if schema is not None else node.target._qualified_op_name).partition("::")
+        return name if namespace == "aten" else f"{namespace}::{name}"
+    module = (getattr(node.target, "__module__", None) or "").partition(".")[0]
+    return str(node.target.__name__) if module in ("torch", "_operator", "operator", "") else ""
+
+
+def linear_operands(node: Node) -> tuple[Any, Any, Any]:
+    """Input, weight and bias of a call of `linear`, however they are passed; None for one that isn't."""
+    given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+    return given.get("input"), given.get("weight"), given.get("bias")
+
+
 def value_of(node: Node) -> Any:
     """The node's fake value; None without one."""
     return node.meta.get("example_value", node.meta.get("val"))
@@ -87,7 +119,14 @@ def value_of(node: Node) -> Any:
 
 def storage_of(node: Node) -> int | None:
     """A key of the storage that a strided tensor shows, None for any other value."""
-    value = value_of(node)
+    return storage_of_value(value_of(node))
+
+
+def storage_of_value(value: Any) -> int | None:
+    """As `storage_of`, for a value itself."""
     if isinstance(value, torch.Tensor) and value.layout == torch.strided:
-        return int(value.untyped_storage()._cdata)
+        try:
+            return int(value.untyped_storage()._cdata)
+        except NotImplementedError:  # wrapped by a transform of torch.func
+            return None
     return None
