@@ -2,7 +2,7 @@
 
 The tensors are read from their places on every call, so that a replaced weight is used and not a stale one. A
 replacement with another dtype, shape, layout or device than the graph was made for is a change of state where
-that is checked, and an error where it isn't.
+that is checked, and an error where it isn't. Merged weights stand behind the weights that they are made of.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import torch
 from onegraph.errors import InputContractError
 from onegraph.ir.graph import CapturedGraph, GraphCallable, WeightInput
 from onegraph.ir.ledger import StateEntry
+from onegraph.ir.weights import MergedWeight
 from onegraph.torch_compat.overlap import overlapping, share_storage
 from onegraph.torch_compat.tensor_checks import KindCheck, tensor_facts
 from onegraph.torch_compat.torch_state import set_grad_enabled
+from onegraph.weights import Alignment, BoundGroups, WeightStore
 
 
 @dataclass(frozen=True)
@@ -36,45 +38,50 @@ class BoundWeights:
     changes: Callable[[], tuple[tuple[StateEntry, str], ...]]
 
 
-def bind_weights(call: GraphCallable, captured: CapturedGraph, mutates_inputs: bool) -> BoundWeights:
-    """The weights of the graph bound to `call`.
+def bind_weights(
+    call: GraphCallable,
+    graph_weights: Sequence[WeightInput],
+    input_names: Sequence[str],
+    tensors: Sequence[int],
+    groups: BoundGroups | None = None,
+) -> BoundWeights:
+    """The weights of a graph bound to `call`, which takes the weights, those merged in `groups`, and the inputs.
 
-    With `mutates_inputs` no input may overlap another one or a weight in memory, in any call.
-    Raises InputContractError if those of the captured call do.
+    None of the inputs `tensors`, by their indices, may overlap another one or a weight in memory, in any call: a
+    graph that changes inputs was compiled knowing which do.
     """
-    places = [(weight.holder, weight.key) for weight in captured.weights]
+    places = [(weight.holder, weight.key) for weight in graph_weights]
     known = [holder[key] for holder, key in places]
     same_kinds = KindCheck(known)
     facts = same_kinds.facts
-    fakes = captured.fake_inputs[len(places) :]
-    tensors = [index for index, fake in enumerate(fakes) if isinstance(fake, torch.Tensor)] if mutates_inputs else []
-    names = [captured.input_names[index] for index in tensors] + [weight.name for weight in captured.weights]
-    if tensors:
-        weight_fakes = captured.fake_inputs[: len(places)]
-        _refuse_overlap(names, [fakes[index] for index in tensors], weight_fakes, _by_storage(weight_fakes))
+    names = [input_names[index] for index in tensors] + [weight.name for weight in graph_weights]
     by_storage = _by_storage(known) if tensors else {}
+    version = None if groups is None else groups.version
     is_grad_enabled, is_not = torch.is_grad_enabled, operator.is_not
 
     def run(*inputs: Any) -> Any:
-        nonlocal known, by_storage
+        nonlocal known, by_storage, version
         try:
             weights = [holder[key] for holder, key in places]
         except (KeyError, ValueError):  # deleted, from a dict or a closure
             weights = _standing(places)
         if any(map(is_not, weights, known)):
-            _check_replaced(captured.weights, weights, facts)
+            _check_replaced(graph_weights, weights, facts)
             known, by_storage = weights, _by_storage(weights) if tensors else by_storage
         elif not same_kinds(weights):  # module.to(dtype) and .data = keep the Parameter
-            _check_replaced(captured.weights, weights, facts)
+            _check_replaced(graph_weights, weights, facts)
+        merged = () if groups is None else groups.tensors(weights)
         if tensors:
+            if groups is not None and version != groups.version:
+                version, by_storage = groups.version, _by_storage(weights)
             _refuse_overlap(names, [inputs[index] for index in tensors], weights, by_storage)
         if is_grad_enabled():
             set_grad_enabled(False)
             try:
-                return call(*weights, *inputs)
+                return call(*weights, *merged, *inputs)
             finally:
                 set_grad_enabled(True)
-        return call(*weights, *inputs)
+        return call(*weights, *merged, *inputs)
 
     def fit() -> bool:
         weights = _standing(places)
@@ -86,11 +93,35 @@ def bind_weights(call: GraphCallable, captured: CapturedGraph, mutates_inputs: b
         now = list(map(_facts, _standing(places)))
         return tuple(
             (StateEntry(weight.name, str(then)), str(facts_now))
-            for weight, then, facts_now in zip(captured.weights, facts, now, strict=True)
+            for weight, then, facts_now in zip(graph_weights, facts, now, strict=True)
             if facts_now != then
         )
 
     return BoundWeights(run, fit, changes)
+
+
+def refuse_overlap(captured: CapturedGraph, tensors: Sequence[int]) -> None:
+    """Raises InputContractError where tensors of the captured call overlap that mustn't, see `bind_weights`."""
+    weights, inputs = captured.fake_inputs[: len(captured.weights)], captured.fake_inputs[len(captured.weights) :]
+    names = [captured.input_names[index] for index in tensors] + [weight.name for weight in captured.weights]
+    _refuse_overlap(names, [inputs[index] for index in tensors], weights, _by_storage(weights))
+
+
+def group_indices(captured: CapturedGraph, merged: Sequence[MergedWeight]) -> tuple[tuple[int, ...], ...]:
+    """The graph's weights that each merged one is made of, by their indices."""
+    placeholders = captured.graph_module.graph.find_nodes(op="placeholder")
+    index_of = {node.name: index for index, node in enumerate(placeholders[: len(captured.weights)])}
+    return tuple(tuple(index_of[source] for source in one.sources) for one in merged)
+
+
+def bind_groups(
+    owned: WeightStore,
+    weights: Sequence[WeightInput],
+    indices: Sequence[Sequence[int]],
+    required_alignment: Alignment,
+) -> BoundGroups | None:
+    """Merges the weights, which re-points tensors of the module; None where there are none to merge."""
+    return BoundGroups(owned, weights, indices, required_alignment) if indices else None
 
 
 class _Gone:
@@ -142,7 +173,7 @@ def _facts(tensor: Any) -> tuple[Any, ...]:
     return ("nothing",) if isinstance(tensor, _Gone) else tensor_facts(tensor)
 
 
-def _check_replaced(weights: tuple[WeightInput, ...], tensors: list[Any], facts: list[tuple[Any, ...]]) -> None:
+def _check_replaced(weights: Sequence[WeightInput], tensors: list[Any], facts: list[tuple[Any, ...]]) -> None:
     for weight, tensor, expected in zip(weights, tensors, facts, strict=True):
         if _facts(tensor) != expected:
             raise InputContractError(
