@@ -2,6 +2,9 @@
 
 from typing import Any
 
+EAGERS_BITS = {"select_linear_kernels": False}
+"""Passes after which a graph that runs op by op gives eager's results to the bit."""
+
 
 def piece_callables(compiled: Any) -> list[list[Any]]:
     """For each region of sizes the callables of the pieces, in the list from which the plan's function takes them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ def session_cache_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def onegraph_environment(session_cache_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No ONEGRAPH_ variable of the developer's reaches a test; the cache is the session's."""
+    """No ONEGRAPH_ variable of the developer's reaches a test; the cache is the session's, without its traces.
+
+    Artifacts are shared for speed, and found by what they are. Traces of other tests would be found by the names of
+    models, so that what a test traces would depend on those before it.
+    """
+    shutil.rmtree(session_cache_root / "index", ignore_errors=True)
     for name in list(os.environ):
         if name.startswith("ONEGRAPH_"):
             monkeypatch.delenv(name)

@@ -15,6 +15,7 @@ from onegraph.version import __version__
 if TYPE_CHECKING:
     from onegraph import errors as errors
     from onegraph.api import compile as compile
+    from onegraph.api import load as load
     from onegraph.api import support_torch_compile as support_torch_compile
     from onegraph.config.compilation import CompilationConfig as CompilationConfig
     from onegraph.config.compilation import CompilationMode as CompilationMode
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "compile",
     "errors",
+    "load",
     "opaque",
     "support_torch_compile",
 ]
@@ -43,10 +45,11 @@ _MODULES = {
     "CompilationMode": "onegraph.config.compilation",
     "SamplingParams": "onegraph.llm",
     "compile": "onegraph.api",
+    "load": "onegraph.api",
     "opaque": "onegraph.opaque_ops",
     "support_torch_compile": "onegraph.api",
 }
-_NEED_TORCH = ("LLM", "SamplingParams", "compile", "opaque", "support_torch_compile")
+_NEED_TORCH = ("LLM", "SamplingParams", "compile", "load", "opaque", "support_torch_compile")
 
 
 def __getattr__(name: str) -> Any:

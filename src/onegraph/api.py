@@ -5,16 +5,23 @@ Thin: they resolve the configuration in the caller's thread and leave the work t
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
-from onegraph.backend import compile_dynamo_graph
+from onegraph.build import build, empty_explanation
+from onegraph.build_call import BuildCall, Observer, SavedBuild, Stages
+from onegraph.build_record import Asked, BuildRecord, shapes_of
+from onegraph.capture.portable import loaded
 from onegraph.compiled import Built, CompiledModel
 from onegraph.config.compilation import CompilationConfig, CompilationMode
 from onegraph.config.resolve import ResolvedConfig, resolve
@@ -22,10 +29,12 @@ from onegraph.env import environment
 from onegraph.errors import ArtifactError, ConfigError
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck
-from onegraph.pipeline import Observer, build, empty_explanation
-from onegraph.size_check import check_sizes
+from onegraph.store.index import CONTENTS as TRACE
+from onegraph.store.lookup import Lookup
 from onegraph.store.store import Store
+from onegraph.store.transfer import import_archive
 from onegraph.targets import common_device, device_rules, target_for
+from onegraph.weights import WeightStore
 
 log = get_logger(__name__)
 
@@ -41,7 +50,10 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
     name: str | None = None,
     enforce_eager: bool = False,
     own_module: bool = False,
+    own_weights: bool = False,
     observer: Observer | None = None,
+    lookup: Lookup | None = None,
+    saved: Saved | None = None,
 ) -> CompiledModel:
     """Compiles a module, method or function for inference, for every size in the declared ranges.
 
@@ -49,22 +61,40 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
     names to `{dim: Dim}`. `config` is a CompilationConfig, a dict of its fields, or a level 0..3. `name` is
     what `explain` calls the model. The module is not changed, and keeps working as it is.
 
+    With `own_weights` the module is yours to change: compiling, and the first call after a weight was replaced, may
+    merge weights, so that parameters become views of one storage. They stay the same Parameters with the same values.
+    Memory that something outside of the module shares with them is theirs no longer, and nothing else may run the
+    module meanwhile.
+
     Captured Python state is compared before every call; with `own_module`, the caller promises to say
     `check_state()` after changing the module, and calls skip it; with `config.freeze` nothing is compared.
+
+    With a `lookup` nothing is compiled: it is asked what it has, and pieces run op by op.
 
     Raises ConfigError for a configuration that is wrong or can't be honoured.
     """
     if not callable(module):
         raise ConfigError(f"{module!r:.80} can't be called, so it can't be compiled")
+    given = CompilationConfig.of(config)
     resolved = resolve(
-        CompilationConfig.of(config),
+        given,
         rules=device_rules(device_type_of(module)),
         environment=environment(),
         enforce_eager=enforce_eager,
     )
+    if saved is not None and resolved.mode not in (CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.ONEGRAPH):
+        raise ConfigError(
+            f"{saved.build.file} has what was compiled, and with mode={resolved.mode.name} nothing of ours is compiled",
+            where="artifact",
+            hint="leave the mode, -O0 or enforce_eager out, or the artifact",
+        )
     _check_inductor_options(resolved)
+    _check_passes(resolved)
+    owned = WeightStore(_owner(module)) if own_weights else None
     state_checked: Literal["call", "event"] = "event" if own_module else "call"
     title = str(name or getattr(module, "__qualname__", type(module).__name__))
+
+    first = [] if saved is None else [saved.build]  # what is captured later is captured here
 
     def build_entry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
         if resolved.mode is CompilationMode.NONE:
@@ -72,19 +102,26 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
         if resolved.mode is CompilationMode.STOCK_TORCH_COMPILE:
             return Built(_stock_compile(module, resolved), empty_explanation(title, resolved))
         built = build(
-            module,
-            args,
-            kwargs,
-            name=title,
-            dynamic_shapes=dynamic_shapes,
-            config=resolved,
-            target=target_for(device_type_of(module, args, kwargs)),
-            store=open_store(),
-            observer=observer,
-            state_checked=state_checked,
+            BuildCall(
+                module=module,
+                args=args,
+                kwargs=kwargs,
+                name=title,
+                dynamic_shapes=dynamic_shapes,
+                config=resolved,
+                target=target_for(device_type_of(module, args, kwargs)),
+                store=lookup or (open_store() if saved is None else saved.store),
+                given=given,
+                saved=first.pop() if first else None,
+                stages=Stages(observer),
+                state_checked=state_checked,
+                owned=owned,
+            )
         )
 
         def check(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any], num_sizes: int) -> Iterator[SizeCheck]:
+            from onegraph.size_check import check_sizes  # this, and what it needs, is rarely used
+
             return check_sizes(
                 compiled,
                 module,
@@ -107,11 +144,87 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
     )
 
 
+def load(file: str | os.PathLike[str], module: Any, *, name: str | None = None) -> CompiledModel:
+    """The compiled model that `CompiledModel.save` wrote, for the same module or function, which isn't traced again.
+
+    The file holds code that will run: load what you trust. All of it is verified before any is used (and its
+    signatures, where ONEGRAPH_CACHE_KEY_FILE is set), and put into the compile cache. Dynamic shapes, configuration and
+    what was promised of the module are those of the saved model.
+
+    Raises ArtifactError for a file that is bad; and at the first call (or `warm_up`) for a module, call, configuration
+    or machine that it isn't for, with what differs. Later changes of Python state are captured anew, as ever.
+    """
+    saved = open_saved(Path(file))
+    return compile(
+        module,
+        dynamic_shapes=shapes_of(saved.asked.dynamic_shapes),
+        config=saved.asked.config,
+        name=name,
+        own_module=saved.asked.own_module,
+        own_weights=saved.asked.own_weights,
+        saved=saved,
+    )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved file's build, what the user had asked for, and where its entries are now, which `held` keeps."""
+
+    build: SavedBuild
+    asked: Asked
+    store: Store
+    held: contextlib.ExitStack
+
+
+def open_saved(file: Path) -> Saved:
+    """Verifies a file that `CompiledModel.save` wrote, and puts it into the compile cache. Raises ArtifactError."""
+    store = open_store()
+    with contextlib.ExitStack() as held:
+        if store is None:  # the compile cache is off, or can't be used
+            store = Store(Path(held.enter_context(tempfile.TemporaryDirectory(prefix="onegraph-load-"))))
+            store.open_root()
+        record = _saved_record(store, file)
+        return Saved(SavedBuild(str(file), record.factors), record.asked, store, held.pop_all())
+
+
+def _saved_record(store: Store, file: Path) -> BuildRecord:
+    contents = import_archive(store, file)
+    traces = [one.key for one in contents.entries if one.kind == "trace"]
+    stored = store.read(traces[0]) if len(traces) == 1 else None
+    try:
+        record = None if stored is None else loaded(stored.files[TRACE].read_bytes())
+    except Exception as error:
+        raise ArtifactError(
+            f"{file} can't be read here: {error}", where=str(file), hint="save it again here"
+        ) from error
+    if not isinstance(record, BuildRecord):
+        hint = "onegraph.load takes what CompiledModel.save wrote; `onegraph cache import` takes exports"
+        raise ArtifactError(f"{file} has {len(traces)} builds in it, not one", where=str(file), hint=hint)
+    return record
+
+
+def _owner(module: Any) -> torch.nn.Module:
+    """The module that holds the weights: itself, or that of a method."""
+    owner = getattr(module, "__self__", module)
+    if not isinstance(owner, torch.nn.Module):
+        raise ConfigError(
+            f"own_weights, but {module!r:.80} is no module", hint="compile an nn.Module, or a method of one"
+        )
+    return owner
+
+
 def _check_inductor_options(resolved: ResolvedConfig) -> None:
     if resolved.inductor_compile_config:
         from onegraph.torch_compat.inductor import check_options  # imports Inductor, which takes seconds
 
         check_options(resolved.inductor_compile_config)
+
+
+def _check_passes(resolved: ResolvedConfig) -> None:
+    if resolved.passes or resolved.extra_passes:
+        from onegraph.passes.catalogue import choose_passes  # imports what tracing needs, which takes seconds
+
+        choose_passes(resolved)
 
 
 def _stock_compile(module: Any, resolved: ResolvedConfig) -> Callable[..., Any]:
@@ -137,19 +250,22 @@ def device_type_of(module: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str,
 def open_store() -> Store | None:
     """The compile cache as the environment has it; None where it is off.
 
-    A default root that can't be written is left out with one warning; one that was asked for is an ArtifactError.
+    A default root that can't be written is left out with one warning; one that was asked for is an ArtifactError, and
+    so is a base or a key file that can't be used.
     """
     current = environment()
     if current.disable_compile_cache:
         return None
-    store = Store(current.cache_root)
+    store = Store.configured(current)
+    store.open_base()
     try:
         store.open_root()
     except ArtifactError as error:
         if current.cache_root_is_explicit:
             raise
         log.warning("%s; compiled artifacts won't be kept", str(error).splitlines()[0])
-        return None
+        store.keeps = False
+        return None if store.base is None else store
     return store
 
 
@@ -224,6 +340,8 @@ def torch_compile_backend(
 
     Dynamo keeps its own guards, graph breaks and dynamic sizes; each graph is split, compiled and stored.
     """
+    from onegraph.backend import compile_dynamo_graph  # imports what compiling needs, which takes seconds
+
     resolved = resolve(
         CompilationConfig.of(options),
         rules=device_rules(device_type_of(graph_module, tuple(example_inputs))),

@@ -8,6 +8,7 @@ and no ledger here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +17,15 @@ from onegraph.capture.custom_ops import checked_at_first_call, custom_ops
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.errors import ConfigError, nearest
 from onegraph.ir.graph import FlatGraph
+from onegraph.passes.catalogue import choose_passes
+from onegraph.passes.run import pass_settings, run_passes
 from onegraph.piece_compiler import PieceCompiler
 from onegraph.plan.function import plan_function
 from onegraph.plan.memory import size_names
 from onegraph.plan.plan import plan_calls
 from onegraph.split.split import called_ops, missing_ops, split_graph
 from onegraph.store.store import Store
+from onegraph.store.unpacked import tell_edits
 from onegraph.targets import common_device, target_for
 from onegraph.torch_compat import dynamo
 
@@ -40,12 +44,18 @@ def compile_dynamo_graph(
     fakes = tuple(n.meta["example_value"] for n in graph_module.graph.find_nodes(op="placeholder"))
     device = common_device(value.device.type for value in fakes if isinstance(value, torch.Tensor))
     foreign = custom_ops(graph_module)
+    target = target_for(device)
     whole = FlatGraph(graph_module, fakes, dynamo.current_fake_mode(), dims=(), symbols={})
     _refuse_unknown_ops(whole, config)
-    compiler = PieceCompiler(config, target_for(device), store, lambda conditions, region: ())
+    compiler = PieceCompiler(config, target, store, lambda conditions, region: ())
+    rewriting = pass_settings(choose_passes(config).passes, config, target)
     with dynamo.COMPILE_LOCK:
         split = split_graph(whole, config.splitting_ops)
+        split = replace(split, pieces=run_passes(split, rewriting).pieces)
         (pieces,) = compiler.compile_all(split.pieces, (None,), None, {}, lambda done, total: None)
+    if store is not None:
+        are_used = config.compile_cache_save_format == "unpacked"
+        tell_edits(store.root, enumerate(pieces), are_used=are_used, is_whole=False)
     plan, callables = plan_calls(split), [piece.call for piece in pieces]
     run = plan_function(plan, [callables], sizes=size_names(plan, [callables]) if config.plan_memory else None)
     return checked_at_first_call(run, graph_module, foreign)

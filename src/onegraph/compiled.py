@@ -8,9 +8,11 @@ after that, unless Python state that was captured has changed: then the module i
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -53,6 +55,8 @@ class Built:
     """The piece that an error was raised in."""
     slots: Callable[[int, Mapping[str, int]], dict[str, torch.Tensor]] | None = None
     """`slots(size, others)` allocates inputs of these sizes."""
+    save: Callable[[Path], None] | None = None
+    """Writes the build to a file; None where nothing is compiled."""
 
 
 class CompiledModel:
@@ -189,15 +193,37 @@ class CompiledModel:
                 self._slots[key] = built.slots(size, others)
             return dict(self._slots[key])
 
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Writes what was compiled to one file, for `onegraph.load` here or on another machine of the same kind.
+
+        It holds code, the weights' names and kinds, and no weights. Raises ConfigError before the first call or
+        `warm_up`, ArtifactError for a build that can't be kept, or a file that can't be written.
+        """
+        with self._building:
+            built = self._current or (self._traces[-1] if self._traces else None)
+            if built is None:
+                raise ConfigError(
+                    "there is something to save once the model is compiled", hint="call warm_up first", where="save"
+                )
+            if built.save is None:
+                raise ConfigError(
+                    "nothing is compiled, so nothing can be saved", hint="give another mode", where="save"
+                )
+            built.save(Path(file))
+
     def demote(self, error: BaseException) -> bool:
         """Has the compiled piece that raised `error` run uncompiled from now on, and logs it.
 
-        Gives False where no compiled piece raised it, so that running again would raise it again.
+        Gives False where no compiled piece raised it, so that running again would raise it again; and where somebody
+        has edited the piece, who wants to see what it raises.
         """
         with self._building:
             built = self._current
             piece = None if built is None else built.failed_piece(error)
-            if built is None or piece is None or built.explanation.pieces[piece].backend == "eager":
+            if built is None or piece is None:
+                return False
+            explained = built.explanation.pieces[piece]
+            if explained.backend == "eager" or any(one.edited for one in explained.ranges):
                 return False
             why = f"it raised {type(error).__name__}: {str(error)[:200]}"
             log.warning("piece %d runs uncompiled from now on: %s", piece, why)

@@ -12,9 +12,11 @@ from onegraph.errors import ConfigError, nearest
 
 VARIABLES = {
     "ONEGRAPH_CACHE_ROOT": "the folder of the compile cache (default: $XDG_CACHE_HOME/onegraph or ~/.cache/onegraph)",
+    "ONEGRAPH_CACHE_BASE": "a folder with a compile cache that is only read; what is new goes to the root",
+    "ONEGRAPH_CACHE_KEY_FILE": "a file with the key that signs artifacts; those without its signature aren't used",
     "ONEGRAPH_DISABLE_COMPILE_CACHE": "1: the compile cache is neither read nor written",
     "ONEGRAPH_COMPILATION_CONFIG": "JSON with fields of CompilationConfig, merged over everything else",
-    "ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT": "binary: how artifacts are kept",
+    "ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT": "binary or unpacked: how artifacts are kept; see edit-artifacts.md",
     "ONEGRAPH_LOG_LEVEL": "DEBUG, INFO, WARNING (default) or ERROR",
     "ONEGRAPH_ALLOW_UNTESTED_TORCH": "1: a torch outside the tested range is used all the same",
 }
@@ -27,6 +29,8 @@ class Environment:
 
     cache_root: Path
     cache_root_is_explicit: bool
+    cache_base: Path | None
+    cache_key_file: Path | None
     disable_compile_cache: bool
     compilation_config: dict[str, Any] | None
     compile_cache_save_format: str | None
@@ -47,6 +51,8 @@ def environment() -> Environment:
     return Environment(
         cache_root=Path(explicit) if explicit else Path(base) / "onegraph",
         cache_root_is_explicit=bool(explicit),
+        cache_base=_path(given, "ONEGRAPH_CACHE_BASE"),
+        cache_key_file=_path(given, "ONEGRAPH_CACHE_KEY_FILE"),
         disable_compile_cache=_flag(given, "ONEGRAPH_DISABLE_COMPILE_CACHE"),
         compilation_config=_json(given, "ONEGRAPH_COMPILATION_CONFIG"),
         compile_cache_save_format=given.get("ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT") or None,
@@ -58,6 +64,10 @@ def environment() -> Environment:
 def process_variables() -> os._Environ[str]:
     """The process's environment itself, for code that compares what a model read from it."""
     return os.environ
+
+
+def _path(given: dict[str, str], name: str) -> Path | None:
+    return Path(given[name]) if given.get(name) else None
 
 
 def _flag(given: dict[str, str], name: str) -> bool:

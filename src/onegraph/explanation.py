@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from onegraph.capture.custom_ops import CustomOp
 from onegraph.ir.autotune import TunedChoice
+from onegraph.ir.custom_op import CustomOp
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import Ledger
+from onegraph.ir.passes import NearMiss, PassRun
 from onegraph.ir.plan import BufferPlan
 from onegraph.numerics.oracle import SizeCheck
 from onegraph.plan.buffers import buffer_lines
@@ -32,6 +35,7 @@ class RangeExplanation:
     why: str
     seconds: float
     autotuned: tuple[TunedChoice, ...] = ()
+    edited: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -43,6 +47,7 @@ class RangeExplanation:
             "why": self.why,
             "seconds": round(self.seconds, 3),
             "autotuned": [choice.to_dict() for choice in self.autotuned],
+            "edited": self.edited,
         }
 
 
@@ -62,6 +67,8 @@ class PieceExplanation:
     module_path: str = ""
     why: str = ""
     num_ops: int = 0
+    passes: Mapping[str, int] = field(default_factory=dict)
+    """How often each pass that ran over it has rewritten something."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -74,8 +81,63 @@ class PieceExplanation:
             "ops": self.num_ops,
             "backend": self.backend,
             "ranges": [one.to_dict() for one in self.ranges],
-            "passes": {},
+            "passes": dict(self.passes),
         }
+
+
+@dataclass(frozen=True)
+class PassExplanation:
+    """One pass over all pieces: its rewrites, in how many pieces, the seconds, and where it nearly matched.
+
+    `skipped` says why it didn't run, where it ran nowhere.
+    """
+
+    name: str
+    rewrites: int
+    num_pieces: int
+    seconds: float
+    near_misses: tuple[tuple[NearMiss, int], ...]
+    """Each with the number of pieces that have it."""
+    skipped: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "rewrites": self.rewrites,
+            "pieces": self.num_pieces,
+            "seconds": round(self.seconds, 4),
+            "skipped": self.skipped,
+            "near_misses": [{"why": miss.why, "where": miss.where, "pieces": n} for miss, n in self.near_misses],
+        }
+
+
+def explained_passes(runs: Iterable[PassRun]) -> tuple[PassExplanation, ...]:
+    """The records of all pieces, each pass once."""
+    by_name: dict[str, list[PassRun]] = {}
+    for run in runs:
+        by_name.setdefault(run.name, []).append(run)
+    return tuple(
+        PassExplanation(
+            name=name,
+            rewrites=sum(run.rewrites for run in found),
+            num_pieces=sum(run.rewrites > 0 for run in found),
+            seconds=sum(run.seconds for run in found),
+            near_misses=tuple(Counter(miss for run in found for miss in run.near_misses).items()),
+            skipped=found[0].skipped if all(run.skipped for run in found) else None,
+        )
+        for name, found in by_name.items()
+    )
+
+
+@dataclass(frozen=True)
+class IndexExplanation:
+    """Whether the index had the whole build (`hit`, `miss`, or `off` where it can't), and why."""
+
+    status: str
+    why: str
+
+    def to_dict(self) -> dict[str, str]:
+        return {"status": self.status, "why": self.why}
 
 
 @dataclass(frozen=True)
@@ -88,6 +150,8 @@ class Explanation:
     dims: tuple[DynamicDim, ...] = ()
     ledger: Ledger = field(default_factory=Ledger)
     pieces: tuple[PieceExplanation, ...] = ()
+    passes: tuple[PassExplanation, ...] = ()
+    """In the order in which they ran."""
     plan_source: str = ""
     """The function that runs the pieces, as it was printed from the execution plan."""
     buffers: BufferPlan | None = None
@@ -99,6 +163,8 @@ class Explanation:
     """Sizes at which compiled was compared with eager and fp64."""
     device: str | None = None
     """What it is compiled for, in words; None where nothing is."""
+    index: IndexExplanation | None = None
+    """Whether the whole build was there already; None where nothing is compiled."""
 
     @property
     def start(self) -> str:
@@ -112,6 +178,18 @@ class Explanation:
     def plan_text(self) -> str:
         """The function, with what lies where in the memory of a call."""
         return "\n".join([self.plan_source, *(buffer_lines(self.buffers) if self.buffers else ())])
+
+    @property
+    def passes_text(self) -> str:
+        """Each pass with what it rewrote, and where it nearly did."""
+        lines = []
+        for one in self.passes:
+            done = one.skipped or f"{one.rewrites} rewrites in {one.num_pieces} pieces, {one.seconds:.3f} s"
+            lines.append(f"{one.name}: {done}")
+            for miss, count in one.near_misses:
+                pieces = f", {count} pieces" if count > 1 else ""
+                lines.append(f"  not here: {miss.why}  ({miss.where or 'torch'}{pieces})")
+        return "\n".join(lines) or "no pass ran"
 
     @property
     def _state_checked(self) -> str:
@@ -138,7 +216,9 @@ class Explanation:
             "dims": [dim.to_dict() for dim in self.dims],
             "graph": {"ops": self.num_ops},
             "ledger": {**self.ledger.to_dict(), "not_seen": self.not_seen},
+            "index": None if self.index is None else self.index.to_dict(),
             "pieces": [piece.to_dict() for piece in self.pieces],
+            "passes": [one.to_dict() for one in self.passes],
             "custom_ops": [op.to_dict() for op in self.custom_ops],
             "plan": None,
             "check": [check.to_dict() for check in self.checks],
@@ -149,10 +229,15 @@ class Explanation:
         if self.stages:
             lines += [f"device   {self.device}"] if self.device else []
             lines.append("stages   " + "  ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages))
+        if self.index is not None:
+            lines.append(f"index    {self.index.status}: {self.index.why}")
         if self.pieces:
             lines.append(f"graph    {self.num_ops} operations")
         for dim in self.dims:
             lines.append(f"dim      {dim.name} = {dim.min}..{dim.max}  ({', '.join(dim.inputs)})")
+        if self.passes:
+            counts = (f"{one.name} {one.skipped or one.rewrites}" for one in self.passes)
+            lines.append(f"passes   {'  '.join(counts)}")
         lines += self._piece_lines()
         if self.pieces:
             proven = sum(entry.effect == "proven" for entry in self.ledger.shapes)

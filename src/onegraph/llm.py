@@ -6,6 +6,7 @@ other.
 """
 
 import logging
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from itertools import count
@@ -48,6 +49,7 @@ class LLM:
     num_kv_blocks, block_size: the KV cache; None sizes it from the memory that is there.
     enable_prefix_caching: prompts that begin alike share computed blocks.
     seed: of the requests that bring none. trust_remote_code: run Python code that comes with the model.
+    artifact: a file that `save` wrote; a model, setting or machine that it isn't for is an ArtifactError.
     Errors: ConfigError for settings, ModelError for the model, and what compiling raises.
     """
 
@@ -68,6 +70,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         seed: int = 0,
         trust_remote_code: bool = False,
+        artifact: str | os.PathLike[str] | None = None,
     ) -> None:
         if (level := environment().log_level) != "WARNING":
             set_level(level)
@@ -86,6 +89,7 @@ class LLM:
             tensor_parallel_size=tensor_parallel_size,
             seed=seed,
             trust_remote_code=trust_remote_code,
+            artifact=artifact,
         )
         self._started = start_engine(config)
         self.engine = self._started.engine
@@ -141,6 +145,13 @@ class LLM:
         """
         with self._generating:
             return self.engine.check(num_sizes)
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Writes what was compiled to one file, for `LLM(artifact=file)`: no weights.
+
+        Errors: ConfigError where nothing is compiled, ArtifactError for what can't be kept or written.
+        """
+        self._started.compiled.save(file)
 
     def summary(self) -> str:
         """A few lines on what was started: model, KV cache, cold or warm, compile cache, what is on and

@@ -53,7 +53,7 @@ class OpKernels:
     @property
     def notes(self) -> tuple[str, ...]:
         """The downgrade, if it is one."""
-        return () if self.is_installed else (f"attention is plain PyTorch, not the {self.kind}: {self.why}",)
+        return () if self.is_installed else (f"onegraph's ops are plain PyTorch, not the {self.kind}: {self.why}",)
 
 
 @contextlib.contextmanager
@@ -86,6 +86,11 @@ def install_op_kernels(target: Target, store: Store | None) -> OpKernels:
             begun = _begun.pop(target.name, None) or _Installation(target, store)
             _installed[target.name] = begun.finish()
         return _installed[target.name]
+
+
+def op_kernels_key(target: Target) -> Key:
+    """The key of the library of a target's kernels."""
+    return Key.of({"op_kernels": target.op_kernel_factors(), "target": target.name})
 
 
 def uses_own_ops(graph_module: torch.fx.GraphModule) -> bool:
@@ -122,7 +127,7 @@ class _Installation:
                 self.error = error
 
     def _begin(self, before_waiting: Callable[[], None]) -> None:
-        self.key = Key.of({"op_kernels": self.target.op_kernel_factors(), "target": self.target.name})
+        self.key = op_kernels_key(self.target)
         if self.store is not None:
             self.held.enter_context(self.store.lock(self.key.digest, before_waiting))
             stored = self.store.read(self.key.digest)

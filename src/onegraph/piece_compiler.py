@@ -13,28 +13,36 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from onegraph.compilers import aot_eager, eager, inductor, own_ops
 from onegraph.compilers.autotuning import Autotuning
-from onegraph.compilers.graph_text import graph_text
-from onegraph.compilers.key import machine_factors, piece_key
+from onegraph.compilers.key import piece_key
+from onegraph.compilers.loading import AUTOTUNED, WRAPPER, LoadingFacts, load_artifact
+from onegraph.compilers.machine import machine_factors
 from onegraph.compilers.shared_build import SharedBuild
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.counters import counters
+from onegraph.edited_pieces import LoadedCode, load_unpacked
 from onegraph.errors import ConfigError
-from onegraph.ir.artifact import Artifact, CompiledPiece, PieceCallable
+from onegraph.ir.artifact import Artifact, CompiledPiece
 from onegraph.ir.autotune import TunedChoice
 from onegraph.ir.key import Key, Unkeyable
 from onegraph.ir.ledger import ShapeEntry
 from onegraph.ir.piece import Piece
 from onegraph.ir.region import Region
 from onegraph.ir.target import Target
+from onegraph.kept_artifacts import load_kept
+from onegraph.linear_kernels import choose_linear_kernels
 from onegraph.log import get_logger
+from onegraph.look_up import as_on, guards_hold, looked_up
 from onegraph.op_kernels import install_op_kernels, uses_own_ops
 from onegraph.store.choices import Choices
+from onegraph.store.lookup import Lookup
 from onegraph.store.store import Store, outside_the_store
 from onegraph.torch_compat import autotune, shapes
+from onegraph.torch_compat.graph_text import graph_text
 from onegraph.torch_compat.specialised_sizes import NotSpecialisedError, specialised_graph
 from onegraph.torch_compat.structured_trace import trace_text
 
@@ -103,6 +111,8 @@ class PieceCompiler:
                     if identity is not None:
                         known[identity] = piece.index
                 begun.append(row)
+            if isinstance(self.store, Lookup):
+                self.store.recompile()
             return tuple(tuple(self._finished(row, pieces, identities, notes)) for row in begun)
 
     def _finished(
@@ -187,8 +197,11 @@ class PieceCompiler:
         return replace(made, seconds=time.perf_counter() - started)
 
     def _kernels_of_ops(self, piece: Piece) -> tuple[str, ...]:
-        """Sees to it that onegraph's own ops in the piece have their kernels; why they haven't, where that is so."""
-        return install_op_kernels(self.target, self.store).notes if uses_own_ops(piece.graph_module) else ()
+        """Sees to it that onegraph's own ops in the piece have their kernels; which ones, or why they haven't."""
+        if isinstance(self.store, Lookup) or not uses_own_ops(piece.graph_module):
+            return ()
+        installed = install_op_kernels(self.target, self.store)
+        return (*installed.notes, *map(str, choose_linear_kernels(piece.graph_module, self.target, self.store)))
 
     def _begin_with_inductor(
         self, piece: Piece, region: Region | None, builds: _Builds, started: float
@@ -196,6 +209,8 @@ class PieceCompiler:
         options = {**self.target.compiler_options(), **SAME_AS_EAGER, **self.config.inductor_compile_config}
         options, tuning = self._tuning(options)
         key = piece_key(piece, region, self.target, options)
+        if isinstance(self.store, Lookup):
+            return looked_up(piece, key, self.store, self.target, options, tuning)
         with contextlib.ExitStack() as held:
             if isinstance(key, Unkeyable):
                 why = f"can't be stored: {key.reason}"
@@ -209,7 +224,8 @@ class PieceCompiler:
                     counters.add("store_hits")
                     return replace(hit, seconds=time.perf_counter() - started)
                 counters.add("store_misses")
-                why = "no artifact has this key"
+                why = self.store.why_missed(artifact_key or key)
+                log.info("piece %d is compiled: %s", piece.index, why)
             compilation = inductor.Compilation(piece, self.target, options, tuning)
             if tuning is not None and not isinstance(key, Unkeyable):
                 key = tuning.settled_key(key)
@@ -241,30 +257,29 @@ class PieceCompiler:
 
     def _load(self, piece: Piece, key: Key) -> CompiledPiece | None:
         assert self.store is not None
-        stored = self.store.read(key.digest)
-        if stored is None:
+        found = load_kept(
+            self.store,
+            key.digest,
+            lambda stored: self._loaded(stored.files, stored.manifest, piece, key),
+            lambda manifest: guards_hold(piece, manifest.guards),
+        )
+        if found is None:
             return None
+        loaded, stored = found
         manifest = stored.manifest
-        shape_env, sizes = piece.fake_mode.shape_env, shapes.backed_inputs(piece.fake_inputs)
-        if manifest.guards is not None and not shapes.holds(shape_env, manifest.guards, sizes):
-            return None
-        try:
-            call = inductor.load_artifact(stored.files, manifest, self.target)
-            autotuned = tuple(map(TunedChoice.from_dict, manifest.facts.get(inductor.AUTOTUNED, ())))
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with stored code, compiling anew mends it
-            self.store.quarantine(key.digest, f"it can't be loaded: {type(error).__name__}: {error}")
-            return None
-        trace_text(f"piece_{piece.index}_output_code", lambda: stored.files[inductor.WRAPPER].read_text())
+        trace_text(f"piece_{piece.index}_output_code", lambda: stored.files[WRAPPER].read_text())
         return CompiledPiece(
-            call=call,
+            call=loaded.call,
             backend="inductor",
             store="hit",
-            why=f"same graph, options and machine as on {manifest.created}",
+            why=loaded.why or as_on(manifest.created),
             seconds=0.0,
             key=key.digest,
             mutates_inputs=manifest.mutates_inputs,
             constraints=manifest.constraints,
-            autotuned=autotuned,
+            notes=loaded.notes,
+            autotuned=tuple(map(TunedChoice.from_dict, manifest.facts.get(AUTOTUNED, ()))),
+            edited=loaded.edits is not None,
         )
 
     def finished(self, begun: _Compiling) -> CompiledPiece:
@@ -272,33 +287,45 @@ class PieceCompiler:
         assert begun.build is not None
         made = begun.compilation.finish(begun.key, begun.build.files_for(begun.compilation))
         if isinstance(made, inductor.InProcess):
-            call, store, why = made.call, "off", f"can't be stored: {made.reason}"
+            loaded, store, why = LoadedCode(made.call), "off", f"can't be stored: {made.reason}"
         else:
             artifact = replace(made, constraints=begun.constraints, guards=begun.guards)
-            trace_text(f"piece_{begun.piece.index}_output_code", lambda: artifact.files[inductor.WRAPPER].decode())
-            call, stored = self._write_and_load(artifact, begun.key)
+            trace_text(f"piece_{begun.piece.index}_output_code", lambda: artifact.files[WRAPPER].decode())
+            loaded, stored = self._write_and_load(artifact, begun.piece, begun.key)
             store, why = "miss" if stored else "off", begun.why
+        unpacked = (f"piece {begun.piece.index} isn't unpacked: {why}",) if self._unpacks and store == "off" else ()
         return CompiledPiece(
-            call=call,
+            call=loaded.call,
             backend="inductor",
             store=store,
-            why=why,
+            why=f"{why}; {loaded.why}" if loaded.why else why,
             seconds=0.0,
             key=None if begun.key is None else begun.key.digest,
             mutates_inputs=made.mutates_inputs,
             constraints=begun.constraints,
+            notes=(*loaded.notes, *unpacked),
             autotuned=begun.compilation.autotuned,
+            edited=loaded.edits is not None,
         )
 
-    def _write_and_load(self, artifact: Artifact, key: Key | None) -> tuple[PieceCallable, bool]:
+    def _write_and_load(self, artifact: Artifact, piece: Piece, key: Key | None) -> tuple[LoadedCode, bool]:
         if self.store is not None and key is not None:
             try:
                 files = self.store.write(artifact).files
-                return inductor.load_artifact(files, artifact, self.target), True
+                return self._loaded(files, artifact, piece, key), True
             except OSError as error:
                 log.warning("the artifact couldn't be kept in %s: %s", self.store.root, error)
         with outside_the_store(artifact.files) as files:
-            return inductor.load_artifact(files, artifact, self.target), False
+            return LoadedCode(load_artifact(files, artifact, self.target)), False
+
+    @property
+    def _unpacks(self) -> bool:
+        return self.config.compile_cache_save_format == "unpacked"
+
+    def _loaded(self, files: Mapping[str, Path], facts: LoadingFacts, piece: Piece, key: Key) -> LoadedCode:
+        if self.store is None or not self._unpacks:
+            return LoadedCode(load_artifact(files, facts, self.target))
+        return load_unpacked(files, facts, self.target, self.store.root, key.digest, piece.index, key.factors)
 
 
 @dataclass

@@ -1,19 +1,20 @@
 """The whole compile, in order: capture, split, compile or load each piece, bind. Only this file knows the order.
 
 Takes a module, one example call and a resolved config; gives the entry that later calls run, and the records of
-all stages as one Explanation.
+all stages as one Explanation. What the index has is taken before: see `build`.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import replace
 
-from onegraph.binding import bind_weights
+import torch
+
+from onegraph.binding import bind_groups, bind_weights, group_indices, refuse_overlap
+from onegraph.build_call import BuildCall
 from onegraph.capture.capture import capture
 from onegraph.capture.constraints import (
     ConstraintReport,
@@ -23,139 +24,118 @@ from onegraph.capture.constraints import (
     region_predicate,
 )
 from onegraph.capture.custom_ops import checked_at_first_call, custom_ops
+from onegraph.capture.portable import NotPortableError
 from onegraph.capture.regions import MAX_REGIONS, UNBACKED, Sizing, next_sizes
-from onegraph.capture.state_check import changed_entries, state_check
 from onegraph.compiled import Built
 from onegraph.config.resolve import ResolvedConfig
+from onegraph.counters import counters
 from onegraph.errors import ConfigError, ConstraintError, nearest
-from onegraph.explanation import Explanation
+from onegraph.explanation import Explanation, IndexExplanation, explained_passes
 from onegraph.ir.graph import CapturedGraph
-from onegraph.ir.ledger import CheckedWhen, Ledger, ShapeEntry
+from onegraph.ir.key import Key, Unkeyable
+from onegraph.ir.ledger import ShapeEntry
+from onegraph.ir.passes import Fuel
 from onegraph.ir.region import Region, general_region
-from onegraph.ir.target import Target
+from onegraph.op_kernels import uses_own_ops
+from onegraph.passes.catalogue import choose_passes, refuse_missed
+from onegraph.passes.run import PassSettings, pass_settings, run_passes
 from onegraph.piece_compiler import PieceCompiler
 from onegraph.plan.buffers import buffer_plan
 from onegraph.plan.function import failed_piece, function_source, plan_function, region_finder
 from onegraph.plan.memory import size_names
 from onegraph.plan.plan import plan_calls
 from onegraph.plan.slots import allocate_slots
+from onegraph.recording import recorded
+from onegraph.saving import saving
 from onegraph.specialised import Specialised, explained_pieces, parts_of, with_eager_piece
 from onegraph.split.split import called_ops, missing_ops, split_graph
-from onegraph.store.store import Store
+from onegraph.store.index import Index
+from onegraph.store.unpacked import tell_edits
 from onegraph.torch_compat import dynamo, shapes
 from onegraph.torch_compat.structured_trace import trace_json, trace_text
 
 
-class Observer(Protocol):
-    """Told when a stage begins, gets on and ends, for progress bars.
-
-    `seconds` is None until the end; `detail` is how far it is, such as `2 of 3 pieces`.
-    """
-
-    def __call__(self, stage: str, seconds: float | None, detail: str = "") -> None: ...
-
-
-@dataclass
-class Stages:
-    """The stages that ran, with their seconds, in order."""
-
-    observer: Observer | None = None
-    done: list[tuple[str, float]] = field(default_factory=list)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        if self.observer is not None:
-            self.observer(name, None)
-        yield
-        seconds = time.perf_counter() - started
-        self.done.append((name, seconds))
-        if self.observer is not None:
-            self.observer(name, seconds)
-
-    def progress(self, name: str, done: int, total: int) -> None:
-        """Tells that a stage has done so many pieces."""
-        if self.observer is not None:
-            self.observer(name, None, f"{done} of {total} pieces")
-
-    def totals(self) -> tuple[tuple[str, float], ...]:
-        """Each stage once, with its seconds over all regions."""
-        names = dict.fromkeys(name for name, _ in self.done)
-        return tuple((name, sum(seconds for done, seconds in self.done if done == name)) for name in names)
-
-
-def build(
-    module: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    name: str,
-    dynamic_shapes: Any,
-    config: ResolvedConfig,
-    target: Target,
-    store: Store | None,
-    observer: Observer | None = None,
-    state_checked: CheckedWhen = "call",
-) -> Built:
-    """Compiles the module for all calls like the given one, at any size in the declared ranges.
-
-    `state_checked` is when the result's `holds` will be called, for `explain`.
-    `store` None means that nothing is read or written. Raises what the stages raise; a failed build leaves
-    nothing behind but finished artifacts.
-    """
-    stages = Stages(observer)
+def trace_and_compile(call: BuildCall, key: Key | Unkeyable, why: str) -> Built:
+    """The build made anew, and kept in the index under `key`, if there is one. `why` is what the index said."""
+    started = time.perf_counter()
+    config, target, stages = call.config, call.target, call.stages
+    chosen = choose_passes(config)
+    rewriting = pass_settings(chosen.passes, config, target, Fuel(call.fuel), call.pass_observer)
     with dynamo.compile_scope("onegraph"):
         trace_json("config", config.to_dict)
 
         def specialise(sizing: Sizing) -> Specialised:
             with stages.stage("capture"):
                 captured = capture(
-                    module,
-                    args,
-                    kwargs,
-                    dynamic_shapes=dynamic_shapes,
+                    call.module,
+                    call.args,
+                    call.kwargs,
+                    dynamic_shapes=call.dynamic_shapes,
                     max_size=config.max_num_tokens,
                     required_alignment=target.required_alignment,
                     sizing=sizing,
                     split=config.on_constraint == "split",
-                    state_is_checked=state_checked == "call" and not config.freeze,
+                    state_is_checked=call.state_checked == "call" and not config.freeze,
                 )
-            return _specialise(captured, sizing, config, target, store, stages)
+            return _specialise(captured, sizing, call, rewriting)
 
         made = _cover(specialise, config)
-        checked: CheckedWhen = "never" if config.freeze else state_checked
-        explanation = _explain(name, config, target, stages, made, checked)
+        if call.store is not None:
+            pieces = (one for each in made for part in each.pieces for one in enumerate(part))
+            tell_edits(call.store.root, pieces, are_used=config.compile_cache_save_format == "unpacked")
+        if call.fuel is None:  # else it may have run out before
+            refuse_missed(chosen, (run for one in made for runs in one.passed.runs for run in runs))
+        explanation, trace = _indexed(call, made, _explain(call, made), key, why, time.perf_counter() - started)
         trace_json("explain", explanation.to_dict)
-    entry = made[0].captured.bind_entry([(one.region.predicate, one.call) for one in made])
-    reads = (read for one in made for read in one.captured.state if read.entry.checked == "call")
-    state = tuple({(read.expression, read.condition): read for read in reads}.values())  # regions share most
+    captured = made[0].captured
+    entry = captured.bind_entry([(one.region.predicate, one.call) for one in made])
 
     def fall_back(piece: int, why: str, size: int | None) -> Built:
         made[:] = with_eager_piece(made, piece, why, size)
-        return replace(built, explanation=_explain(name, config, target, stages, made, checked))
+        fallen = replace(_explain(call, made), index=explanation.index)
+        return replace(built, explanation=fallen)
 
-    captured = made[0].captured
     slots = functools.partial(allocate_slots, captured.sized, captured.dims)
-    built = Built(entry, explanation, fallback=fall_back, failed_piece=failed_piece, slots=slots)
-    if config.freeze:
-        return built
-    built = replace(
-        built,
-        holds=state_check(state, lambda: all(one.weights.fit() for one in made)),
-        changes=lambda: changed_entries(state) + tuple(change for one in made for change in one.weights.changes()),
+    built = call.with_checks(
+        Built(
+            entry,
+            explanation,
+            fallback=fall_back,
+            failed_piece=failed_piece,
+            slots=slots,
+            save=saving(call, trace, explanation, any(uses_own_ops(one.captured.graph_module) for one in made)),
+        ),
+        (read for one in made for read in one.captured.state),
+        [one.weights for one in made],
     )
     return built
 
 
-def _specialise(
-    captured: CapturedGraph,
-    sizing: Sizing,
-    config: ResolvedConfig,
-    target: Target,
-    store: Store | None,
-    stages: Stages,
-) -> Specialised:
+def _indexed(
+    call: BuildCall, made: list[Specialised], explanation: Explanation, key: Key | Unkeyable, why: str, seconds: float
+) -> tuple[Explanation, str | None]:
+    """Keeps the build for later processes, under the key that is given.
+
+    The explanation says why there was none, or why there will be none.
+    """
+    if call.store is None or isinstance(key, Unkeyable):
+        reason = key.reason if isinstance(key, Unkeyable) else why
+        return replace(explanation, index=IndexExplanation("off", reason)), None
+    with call.stages.stage("index"):
+        try:
+            contents = recorded(call, key.factors, made, explanation)
+        except Exception as error:  # noqa: BLE001 - it looks at the user's objects; the build is right without a record
+            why = str(error) if isinstance(error, NotPortableError) else f"{type(error).__name__}: {error}"
+            index = IndexExplanation("off", f"the next start traces again: {why}")
+            return replace(explanation, index=index), None
+        trace = Index(call.store).keep(key.digest, contents, call.name, seconds)
+        counters.add("traces_kept", int(trace is not None))
+    return replace(explanation, index=IndexExplanation("miss", why), stages=call.stages.totals()), trace
+
+
+def _specialise(captured: CapturedGraph, sizing: Sizing, call: BuildCall, rewriting: PassSettings) -> Specialised:
     """The stages after capture, for one region."""
+    config, target, stages, owned = call.config, call.target, call.stages, call.owned
     trace_text("captured_graph", lambda: captured.graph_module.print_readable(print_output=False))
     trace_json("ledger", captured.ledger.to_dict)
     region = general_region(captured.dims)
@@ -166,6 +146,12 @@ def _specialise(
     with stages.stage("split"):
         _refuse_unknown_ops(captured, config)
         split = split_graph(captured, config.splitting_ops)
+    with stages.stage("passes"):
+        names = (node.name for node in captured.graph_module.graph.find_nodes(op="placeholder"))
+        rewriting = replace(rewriting, region=region, weights=dict(zip(names, captured.weights, strict=False)))
+        if owned is not None:
+            rewriting = replace(rewriting, why_not=owned.survey(target.required_alignment).why_not)
+        passed = run_passes(split, rewriting)
 
     def check_sizes(conditions: list[shapes.RawCondition], part: Region | None) -> tuple[ShapeEntry, ...]:
         known = {entry.expr for entry in captured.ledger.shapes}
@@ -178,12 +164,12 @@ def _specialise(
             found = judge_region(conditions, dims, captured.symbols, "compile", may_split)
         return tuple(entry for entry in found if entry.expr not in known)
 
-    plan = plan_calls(split)
+    plan = plan_calls(replace(split, pieces=passed.pieces), len(captured.weights), passed.merged)
     parts = parts_of(captured, region, plan, config)
     with stages.stage("compile or load"):
-        compiler = PieceCompiler(config, target, store, check_sizes)
+        compiler = PieceCompiler(config, target, call.store, check_sizes)
         pieces = compiler.compile_all(
-            split.pieces, parts, region, captured.symbols, functools.partial(stages.progress, "compile or load")
+            passed.pieces, parts, region, captured.symbols, functools.partial(stages.progress, "compile or load")
         )
 
     with stages.stage("plan"):
@@ -195,11 +181,29 @@ def _specialise(
 
     with stages.stage("bind"):
         foreign = custom_ops(captured.graph_module)
-        call = checked_at_first_call(run, captured.graph_module, foreign)
+        further = slice(len(captured.weights), len(captured.weights) + len(passed.merged))
+        checked = checked_at_first_call(run, captured.graph_module, foreign, further)
+        indices, groups = group_indices(captured, passed.merged), None
+        if owned is not None:
+            groups = bind_groups(owned, captured.weights, indices, target.required_alignment)
+        inputs = captured.fake_inputs[len(captured.weights) :]
         mutates_inputs = any(piece.mutates_inputs for compiled in pieces for piece in compiled)
-        weights = bind_weights(call, captured, mutates_inputs)
+        tensors = [i for i, fake in enumerate(inputs) if isinstance(fake, torch.Tensor) and mutates_inputs]
+        refuse_overlap(captured, tensors)
+        weights = bind_weights(checked, captured.weights, captured.input_names, tensors, groups)
     made = Specialised(
-        captured, region, split, plan, parts, pieces, run, weights, foreign, captured.make_callable(weights.run)
+        captured=captured,
+        region=region,
+        split=split,
+        passed=passed,
+        plan=plan,
+        parts=parts,
+        pieces=pieces,
+        run=run,
+        weights=weights,
+        groups=indices,
+        custom_ops=foreign,
+        call=captured.make_callable(weights.run),
     )
     if sizing.mode == "unbacked":
         return made
@@ -255,21 +259,15 @@ def _refuse_more_regions(made: list[Specialised], sizes: tuple[tuple[str, int], 
     )
 
 
-def _explain(
-    name: str,
-    config: ResolvedConfig,
-    target: Target,
-    stages: Stages,
-    made: list[Specialised],
-    state_checked: CheckedWhen,
-) -> Explanation:
+def _explain(call: BuildCall, made: list[Specialised]) -> Explanation:
+    config, state_checked = call.config, "never" if call.config.freeze else call.state_checked
     first = made[0]
     shapes_found = {entry.expr: entry for one in made for entry in one.constraints}
     return Explanation(
-        model=name,
-        device=target.name,
+        model=call.name,
+        device=call.target.name,
         config=config.to_dict(),
-        stages=stages.totals(),
+        stages=call.stages.totals(),
         dims=first.captured.dims,
         ledger=replace(
             first.captured.ledger,
@@ -280,6 +278,7 @@ def _explain(
             ),
         ),
         pieces=explained_pieces(made),
+        passes=explained_passes(run for runs in first.passed.runs for run in runs),
         plan_source=function_source(first.run),
         buffers=buffer_plan(first.plan, [piece.call for piece in first.pieces[-1]], first.captured)
         if config.plan_memory
@@ -290,8 +289,3 @@ def _explain(
             dict.fromkeys(note for one in made for part in one.pieces for piece in part for note in piece.notes)
         ),
     )
-
-
-def empty_explanation(name: str, config: ResolvedConfig) -> Explanation:
-    """What can be said before the first call, or of a mode that compiles nothing of ours."""
-    return Explanation(model=name, config=config.to_dict(), ledger=Ledger())

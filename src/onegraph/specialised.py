@@ -11,19 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from onegraph.binding import BoundWeights
-from onegraph.capture.custom_ops import CustomOp
 from onegraph.capture.regions import covered_range
-from onegraph.compilers import eager
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.errors import ConfigError
 from onegraph.explanation import PieceExplanation, RangeExplanation
 from onegraph.ir.artifact import CompiledPiece
+from onegraph.ir.custom_op import CustomOp
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.ledger import ShapeEntry
 from onegraph.ir.piece import SplitGraph
 from onegraph.ir.plan import ExecutionPlan
 from onegraph.ir.region import Region, general_region, requested_regions
+from onegraph.passes.as_captured import as_captured
+from onegraph.passes.run import Passed
 from onegraph.plan.function import replace_piece
 
 
@@ -35,6 +36,9 @@ class Specialised:
     region: Region
     """All the sizes that it is right for."""
     split: SplitGraph
+    """The pieces as they were captured."""
+    passed: Passed
+    """The pieces after the passes."""
     plan: ExecutionPlan
     parts: tuple[Region, ...]
     """The sizes that have artifacts of their own; a size has that of the first part that it lies in."""
@@ -43,6 +47,8 @@ class Specialised:
     run: Callable[..., Any]
     """The plan's function, of weights and inputs."""
     weights: BoundWeights
+    groups: tuple[tuple[int, ...], ...]
+    """The graph's weights that each merged one is made of, by their indices."""
     custom_ops: tuple[CustomOp, ...]
     call: Callable[..., Any]
 
@@ -101,7 +107,8 @@ def _serves(one: Specialised, size: int) -> bool:
 
 def _with_eager_one(one: Specialised, index: int, why: str, size: int | None) -> Specialised:
     regions = range(len(one.parts)) if size is None else [i for i, part in enumerate(one.parts) if part.has(size)][:1]
-    replaced = CompiledPiece(eager.compile_piece(one.split.pieces[index]), "eager", "off", why, 0.0)
+    call = as_captured(one.split.pieces[index], one.passed.pieces[index], one.passed.merged)
+    replaced = CompiledPiece(call, "eager", "off", why, 0.0)
     pieces = list(one.pieces)
     for region in regions:
         replace_piece(one.run, region, index, replaced.call)
@@ -128,7 +135,8 @@ def explained_pieces(made: Sequence[Specialised]) -> tuple[PieceExplanation, ...
 def _explained(made: Sequence[Specialised]) -> Iterator[PieceExplanation]:
     for index in range(max(len(one.split.pieces) for one in made)):
         ranges = [one for one in made if index < len(one.split.pieces)]
-        piece, compiled = ranges[0].split.pieces[index], ranges[0].pieces[0][index]
+        piece, compiled = ranges[0].passed.pieces[index], ranges[0].pieces[0][index]
+        runs = ranges[0].passed.runs[index]
         several = len(made) > 1 or len(ranges[0].parts) > 1
         yield PieceExplanation(
             index=index,
@@ -142,6 +150,7 @@ def _explained(made: Sequence[Specialised]) -> Iterator[PieceExplanation]:
             module_path=piece.module_path,
             why=piece.why,
             num_ops=sum(node.op.startswith("call_") for node in piece.graph_module.graph.nodes),
+            passes={run.name: run.rewrites for run in runs if run.skipped is None},
         )
 
 
@@ -172,6 +181,7 @@ def _ranges(one: Specialised, index: int, several: bool) -> Iterator[RangeExplan
             why=piece.why,
             seconds=piece.seconds,
             autotuned=piece.autotuned,
+            edited=piece.edited,
         )
 
 

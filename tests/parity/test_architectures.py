@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ class Case:
     reference64: Any
     prompts: list[list[int]]
     wanted: list[list[int]]
-    ways_done: list[str] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +86,15 @@ def run(case: Case, way: str) -> tuple[LLM, Any]:
             **ENGINE,
         )
         outputs = llm.generate([{"prompt_token_ids": p} for p in case.prompts], params, use_tqdm=False)
-    case.ways_done.append(way)
     return llm, outputs
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_tokens_equal_transformers(case: Case, architecture: str, way: str) -> None:
-    if way == "warm" and "specialised" not in case.ways_done:
-        run(case, "specialised")  # run alone, the test makes its own cold start
-    with counters.expect(graphs_captured=0 if way == "eager" else 1):
+    if way == "warm":
+        run(case, "specialised")
+    with counters.expect(graphs_captured=0 if way in ("eager", "warm") else 1):
         llm, outputs = run(case, way)
     pieces = [piece for piece in llm.explain().pieces if piece.kind == "compiled" and piece.same_as is None]
     stores = [one.store for piece in pieces for one in piece.ranges]

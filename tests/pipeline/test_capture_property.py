@@ -27,11 +27,13 @@ import torch
 
 import onegraph
 import onegraph.capture.capture
+import onegraph.capture.captured_call
 import onegraph.pipeline
 from onegraph.binding import BoundWeights
 from onegraph.capture.contract import Contract
 from onegraph.errors import OnegraphError
 from onegraph.torch_compat import dynamo
+from tests.compiled_parts import EAGERS_BITS
 from tests.pipeline.drawn_models import CONSTRUCTS, Case, draw_case
 
 NUM_CASES, NUM_INDUCTOR_CASES = 300, 20
@@ -194,7 +196,7 @@ def run_case(case: Case, folder: Path, backend: str, **config: Any) -> Outcome:
         compiled = onegraph.compile(
             subject.target,
             dynamic_shapes=subject.dynamic_shapes,
-            config={"backend": backend, **case.options, **config},
+            config={"backend": backend, "passes": EAGERS_BITS, **case.options, **config},
         )
         changed = False
         for index, call in enumerate(case.calls):
@@ -478,14 +480,14 @@ def test_a_build_without_state_checks_is_caught(tmp_path: Path) -> None:
 
 
 def test_a_build_without_the_input_contract_is_caught(tmp_path: Path) -> None:
-    original = onegraph.capture.capture.input_contract
+    original = onegraph.capture.captured_call.input_contract
 
     def unchecked(*args: Any, **kwargs: Any) -> Contract:
         return dataclasses.replace(original(*args, **kwargs), bind=lambda calls: calls[0][1])
 
     caught(
         ["optional_argument"],
-        lambda patch: patch.setattr(onegraph.capture.capture, "input_contract", unchecked),
+        lambda patch: patch.setattr(onegraph.capture.captured_call, "input_contract", unchecked),
         tmp_path,
     )
 
@@ -493,9 +495,9 @@ def test_a_build_without_the_input_contract_is_caught(tmp_path: Path) -> None:
 def test_a_build_that_binds_its_weights_once_is_caught(tmp_path: Path) -> None:
     original = onegraph.pipeline.bind_weights
 
-    def bind_once(call: Any, captured: Any, mutates_inputs: bool) -> BoundWeights:
-        weights = [weight.holder[weight.key].detach().clone() for weight in captured.weights]
+    def bind_once(call: Any, graph_weights: Any, *args: Any) -> BoundWeights:
+        weights = [weight.holder[weight.key].detach().clone() for weight in graph_weights]
         run = torch.no_grad()(lambda *inputs: call(*weights, *inputs))
-        return dataclasses.replace(original(call, captured, mutates_inputs), run=run, fit=lambda: True)
+        return dataclasses.replace(original(call, graph_weights, *args), run=run, fit=lambda: True)
 
     caught(["replaced_weights"], lambda patch: patch.setattr(onegraph.pipeline, "bind_weights", bind_once), tmp_path)

@@ -701,7 +701,15 @@ def test_explain_before_and_after() -> None:
     assert before["pieces"] == [] and before["config"]["backend"]["value"] == "inductor"
     compiled(*tower_inputs(3))
     facts = compiled.explain().to_dict()
-    assert [stage["name"] for stage in facts["stages"]] == ["capture", "split", "compile or load", "plan", "bind"]
+    assert [stage["name"] for stage in facts["stages"]] == [
+        "index",
+        "capture",
+        "split",
+        "passes",
+        "compile or load",
+        "plan",
+        "bind",
+    ]
     assert facts["dims"] == [{"name": "num_tokens", "min": 1, "max": 64, "inputs": ["x[0]", "positions[0]"]}]
     assert facts["pieces"][0]["ranges"][0]["store"] in ("hit", "miss")
     assert facts["ledger"]["inputs"] and facts["ledger"]["state"]

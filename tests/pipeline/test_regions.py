@@ -22,6 +22,7 @@ from onegraph.capture.regions import MAX_REGIONS, first_size, holds, next_sizes
 from onegraph.counters import counters
 from onegraph.errors import ConfigError, ConstraintError
 from onegraph.ir.dims import DynamicDim
+from tests.compiled_parts import EAGERS_BITS
 
 N = Dim("n", min=1, max=256)
 MODES = ["backed", "unbacked", "backed_size_oblivious"]
@@ -96,7 +97,7 @@ def test_a_model_without_conditions_is_right_at_every_size_in_every_mode(mode: s
     call = onegraph.compile(
         module,
         dynamic_shapes={"input": {0: Dim("n", min=least, max=64)}},
-        config={"backend": "eager", "dynamic_shapes": mode},
+        config={"backend": "eager", "passes": EAGERS_BITS, "dynamic_shapes": mode},
     )
     call(torch.randn(5, 4))
     for size in range(least, 65):

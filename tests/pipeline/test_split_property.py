@@ -20,6 +20,7 @@ from torch.export import Dim
 import onegraph
 import onegraph.pipeline
 from onegraph.split.split import called_ops
+from tests.compiled_parts import EAGERS_BITS
 from tests.pipeline.drawn_programs import STATEMENTS, draw_program
 
 NUM_CASES, NUM_INDUCTOR_CASES = 300, 20
@@ -76,10 +77,12 @@ def check_case(seed: int, folder: Path, backend: str) -> tuple[list[str], int]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onegraph.pipeline, "split_graph", keeping)
-        whole = onegraph.compile(program, dynamic_shapes=ROWS, config={"backend": "eager", "splitting_ops": []})
+        whole = onegraph.compile(
+            program, dynamic_shapes=ROWS, config={"backend": "eager", "passes": EAGERS_BITS, "splitting_ops": []}
+        )
         ran(whole, 5)
     ops = random.sample(captured[0], min(len(captured[0]), random.randint(1, 3)))
-    config: dict[str, Any] = {"backend": backend, "splitting_ops": ops}
+    config: dict[str, Any] = {"backend": backend, "passes": EAGERS_BITS, "splitting_ops": ops}
     if backend == "aot_eager":
         config |= drawn_regions(random)
     elif backend == "inductor" and random.random() < 0.5:

@@ -22,8 +22,9 @@ import onegraph
 from onegraph.compiled import MAX_TRACES
 from onegraph.counters import counters
 from onegraph.errors import ConfigError, OnegraphError, StateChangedError
+from tests.compiled_parts import EAGERS_BITS
 
-EAGER = {"backend": "eager"}
+EAGER = {"backend": "eager", "passes": EAGERS_BITS}
 ROWS = {"x": {0: Dim("rows", min=1, max=64)}}
 SCALE = 2.0
 TABLE = {"first": 1.0}

@@ -20,6 +20,7 @@ PUBLIC = [
     "__version__",
     "compile",
     "errors",
+    "load",
     "opaque",
     "support_torch_compile",
 ]
@@ -73,6 +74,7 @@ def test_arguments_of_llm_and_their_defaults() -> None:
         "tensor_parallel_size": 1,
         "seed": 0,
         "trust_remote_code": False,
+        "artifact": None,
     }
 
 

@@ -23,6 +23,7 @@ def test_the_defaults(tmp_path: Path) -> None:
     current = environment()
     assert current.cache_root == tmp_path / ".cache/onegraph"
     assert not current.cache_root_is_explicit
+    assert current.cache_base is current.cache_key_file is None
     assert not current.disable_compile_cache
     assert current.compilation_config is None
     assert current.compile_cache_save_format is None
@@ -84,7 +85,10 @@ def test_values_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEGRAPH_COMPILATION_CONFIG", '{"backend": "eager"}')
     monkeypatch.setenv("ONEGRAPH_DISABLE_COMPILE_CACHE", "1")
     monkeypatch.setenv("ONEGRAPH_LOG_LEVEL", "info")
+    monkeypatch.setenv("ONEGRAPH_CACHE_BASE", "/image/cache")
+    monkeypatch.setenv("ONEGRAPH_CACHE_KEY_FILE", "/run/secrets/key")
     current = environment()
+    assert current.cache_base == Path("/image/cache") and current.cache_key_file == Path("/run/secrets/key")
     assert current.compilation_config == {"backend": "eager"}
     assert current.disable_compile_cache
     assert current.log_level == "INFO"

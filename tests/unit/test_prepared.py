@@ -55,6 +55,16 @@ return (buf4, None, )
 """
 
 
+def test_lines_are_those_of_the_wrapper() -> None:
+    found = prepared(SCALED)
+    wrapper = ["", *(HEADER + SCALED.lstrip()).splitlines()]
+    text = found.source.splitlines()
+    assert len(text) == len(found.lines)
+    calls = [wrapper[line] for shown, line in zip(text, found.lines, strict=True) if "kernel_0(" in shown]
+    assert calls == [line for line in wrapper if line.startswith("kernel_0(")]
+    assert text[0].startswith("def ") and found.lines[0] == 0
+
+
 def test_a_call_only_runs_kernels() -> None:
     found = prepared(SCALED)
     assert [(one.input, one.asked) for one in found.sizes] == [(0, ""), (1, ".shape[1]")]

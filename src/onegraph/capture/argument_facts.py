@@ -18,7 +18,7 @@ from onegraph.capture.state_check import evaluate, state_check
 from onegraph.capture.value_reads import fact_read
 from onegraph.errors import CaptureError
 from onegraph.ir.ledger import StateRead
-from onegraph.torch_compat.guards import GuardFact
+from onegraph.ir.traced import GuardFact
 
 _BY_LEAVES = frozenset({"TENSOR_MATCH", "ID_MATCH", "TYPE_MATCH"})
 _BY_CONTAINERS = frozenset({"TYPE_MATCH", "SEQUENCE_LENGTH", "DICT_KEYS_MATCH", "MAPPING_KEYS_CHECK", "ID_MATCH"})

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import re
+import types
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from onegraph.capture.argument_facts import argument_reads
 from onegraph.capture.cache_writes import declare_cache_writes
+from onegraph.capture.captured_call import captured_call
 from onegraph.capture.constraints import judge, judge_region, refuse_narrowing
-from onegraph.capture.contract import input_contract
 from onegraph.capture.dropout import settle_dropout
 from onegraph.capture.effects import refuse_effects
 from onegraph.capture.failures import capture_error, refuse_host_reads
@@ -26,17 +27,21 @@ from onegraph.capture.roots import Scope, as_written, rooted_expression, scope_o
 from onegraph.capture.runtime_asserts import drop_judged_asserts
 from onegraph.capture.signatures import call_signature, traced_function
 from onegraph.capture.size_dependent_views import size_dependent_views
-from onegraph.capture.sized_arguments import sized_arguments
-from onegraph.capture.state import reads_grad_mode, state_reads
+from onegraph.capture.sized_arguments import dynamic_strides, sized_arguments
+from onegraph.capture.state import reads_grad_mode
 from onegraph.capture.state_check import evaluate
+from onegraph.capture.trace_record import record_trace
 from onegraph.capture.weights import lift_weights
 from onegraph.counters import counters
 from onegraph.errors import CaptureError
 from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.ledger import Ledger
-from onegraph.ir.source_text import source_files
+from onegraph.ir.source_text import code_digest, source_files
+from onegraph.ir.traced import GuardFact, Places, TraceFacts
 from onegraph.torch_compat import dynamo, shapes
 from onegraph.torch_compat.inference_mode import drop_inference_mode
+
+_ENVIRONMENT_NAMES = frozenset({"environ", "environb", "getenv", "getenvb"})
 
 
 def capture(
@@ -137,14 +142,19 @@ def _captured_graph(
     drop_judged_asserts(graph_module, symbols)
     scope = scope_of(function, owner, inputs, raw.globals_read)
     _refuse_hidden_tensors(inputs, fakes, scope)
-    compared = [(pair.left, pair.right) for pair in raw.identities.compared]
-    reads = argument_reads(raw.guards, raw.asked, inputs, scope)
-    contract = input_contract(inputs, fakes, symbols, required_alignment, compared, reads)
-    state = state_reads(raw, called=module, function=function, owner=owner, inputs=inputs, weights=weights)
-    residual_self = () if owner is None else (owner,)
-
-    def make_callable(run: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(raw.make_callable(run), *residual_self)
+    traced, strides = _facts(raw), dynamic_strides(inputs, fakes, symbols)
+    call = captured_call(
+        traced,
+        raw.residual,
+        strides,
+        called=module,
+        function=function,
+        owner=owner,
+        scope=scope,
+        inputs=inputs,
+        weights=weights,
+        required_alignment=required_alignment,
+    )
 
     return CapturedGraph(
         graph_module=graph_module,
@@ -156,17 +166,57 @@ def _captured_graph(
         sized=tuple(sized_arguments(inputs, seen, symbols)),
         symbols=symbols,
         ledger=Ledger(
-            inputs=contract.entries,
+            inputs=call.contract.entries,
             shapes=found,
-            state=tuple(read.entry for read in state),
+            state=tuple(read.entry for read in call.state),
             sources=source_files(code for code in raw.traced_code if not shapes.is_torch_file(code.co_filename)),
         ),
-        state=state,
-        make_callable=make_callable,
-        bind_entry=contract.bind,
+        state=call.state,
+        make_callable=call.make_callable,
+        bind_entry=call.contract.bind,
+        record=functools.partial(record_trace, traced, raw.residual, strides, call, function, owner),
         fixed=_fixed(inputs, seen),
         num_ops=sum(node.op.startswith("call_") for node in graph_module.graph.nodes),
     )
+
+
+def _facts(raw: dynamo.RawCapture) -> TraceFacts:
+    """With the modules that Dynamo put into the globals under the names that it has for those that it imports."""
+    own_code = [code for code in raw.traced_code if not shapes.is_torch_file(code.co_filename)]
+    names = {f"G['{name}']": f"G['__import_{module.replace('.', '_dot_')}']" for name, module in raw.modules.items()}
+    of_dynamo = re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+    def named(source: str) -> str:
+        return of_dynamo.sub(lambda found: names[found[0]], source)
+
+    def facts(found: Iterable[GuardFact]) -> tuple[GuardFact, ...]:
+        return tuple(dataclasses.replace(fact, name=named(fact.name)) for fact in found)
+
+    def places(found: Iterable[Places]) -> tuple[Places, ...]:
+        return tuple(Places(named(one.left), named(one.right), one.user) for one in found)
+
+    return TraceFacts(
+        sources=raw.sources,
+        guards=facts(raw.guards),
+        asked=facts(raw.asked),
+        same=places(raw.identities.same),
+        compared=places(raw.identities.compared),
+        builtins=raw.builtins,
+        folded=raw.folded,
+        functions=frozenset((code.co_qualname, code_digest(code)) for code in raw.traced_code),
+        asks_for_gradients=any("requires_grad" in code.co_names for code in own_code),
+        environment_user=_environment_user(raw.traced_code),
+        stored_attributes=raw.stored_attributes,
+        counted=frozenset(source for state in raw.counted for source in state.sources),
+    )
+
+
+def _environment_user(traced: tuple[types.CodeType, ...]) -> str | None:
+    """Where traced code names the process's variables."""
+    reading = [code for code in traced if not _ENVIRONMENT_NAMES.isdisjoint(code.co_names)]
+    places = ((shapes.is_torch_file(code.co_filename), code.co_filename, code.co_firstlineno) for code in reading)
+    _, file, line = min(places, default=(False, "", 0))
+    return f"{file}:{line}" if file else None
 
 
 def _refuse_squeezed_data(squeezed: list[shapes.RawCondition], symbols: dict[str, str]) -> None:

@@ -1,6 +1,6 @@
 """The input contract: what every later call must have in common with the traced one, as straight-line Python.
 
-Takes the leaves of the traced call and the symbolic values that the graph has for them; gives the ledger's
+Takes the leaves of the traced call and the strides that the graph has for them; gives the ledger's
 entries and the source of an entry function with the module's own signature, which checks and then calls on.
 """
 
@@ -18,12 +18,12 @@ import torch
 
 from onegraph.capture.fast_contract import fast_path
 from onegraph.capture.inputs import KEYWORD_ARGUMENTS, POSITIONAL_ARGUMENTS, CallInputs, Container, Leaf, out_of_range
-from onegraph.capture.regions import PREDICATE_FUNCTIONS, holds, predicate_code
+from onegraph.capture.regions import holds, predicate_code, predicate_functions
+from onegraph.capture.sized_arguments import follows_another_size
 from onegraph.capture.state_check import differs
 from onegraph.errors import CaptureError, ConfigError, ConstraintError, InputContractError
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import InputEntry, StateRead
-from onegraph.torch_compat import shapes
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _COMPARED = (enum.Enum, torch.Size, slice, range, frozenset, torch.layout, torch.memory_format)
@@ -31,7 +31,7 @@ _COMPARED = (enum.Enum, torch.Size, slice, range, frozenset, torch.layout, torch
 
 _GENERATED_NAMES = re.compile(
     r"_[cnsx]\d+|_call\d+|_holds\d+|_break|_differs|_outside|_uncovered|_grad_enabled|_no_gradients|_autocast_enabled"
-    r"|_autocast_dtype|_Tensor|_Parameter|_type|_list|_len|_isinstance|_id|_kept|_now|_bad|_changed|_[kv][0-9a-f]{6,}"
+    r"|_autocast_dtype|_Tensor|_Parameter|_type|_list|_len|_isinstance|_id|_kept|_now|_bad|_changed|_[kov][0-9a-f]{6,}"
 )
 _FAST = """    try: _kept = {}
     except Exception: _kept = False
@@ -42,6 +42,7 @@ _FAST = """    try: _kept = {}
 class _Code:
     """The function under construction: its lines, and the objects that they name."""
 
+    dims: list[str]
     lines: list[str] = field(default_factory=list)
     names: dict[str, Any] = field(default_factory=dict)
     entries: list[InputEntry] = field(default_factory=list)
@@ -65,30 +66,34 @@ class _Code:
 
 @dataclass(frozen=True)
 class Contract:
-    """`entries` for the ledger; `bind(calls)` gives the checking entry in front of the calls, each for a predicate."""
+    """`entries` for the ledger; `bind(calls)` gives the checking entry in front of the calls, each for a predicate.
+
+    `lines` are the checks, and `names` the objects that they name.
+    """
 
     entries: tuple[InputEntry, ...]
+    lines: tuple[str, ...]
+    names: Mapping[str, Any]
     bind: Callable[[Sequence[tuple[str | None, Callable[..., Any]]]], Callable[..., Any]]
 
 
 def input_contract(
     inputs: CallInputs,
-    fakes: Mapping[str, Any],
-    symbols: Mapping[str, str],
+    strides: Mapping[str, tuple[str, ...]],
     required_alignment: Callable[[int], int],
     compared: Iterable[tuple[str, str]] = (),
     reads: Iterable[StateRead] = (),
 ) -> Contract:
-    """Builds the contract. `fakes` are the graph's symbolic values by Dynamo's source name, `compared` the sources
+    """Builds the contract. `strides` are as `sized_arguments.dynamic_strides` gives them, `compared` the sources
     of different tensors that the trace compared by identity, `reads` what else it read of the arguments.
 
-    Raises CaptureError for an input whose strides follow a size in a way that can't be told in its dims, and for an
-    argument whose name the generated checks use.
+    Raises CaptureError for strides that follow a size in a way that can't be told in the dims of the arguments before,
+    and for an argument whose name the generated checks use.
     """
     for name in inputs.signature.traced.parameters:
         if _GENERATED_NAMES.fullmatch(name):
             raise CaptureError(f"an argument is named {name!r}, as the checks of the call are", hint="rename it")
-    code = _Code()
+    code = _Code([dim.name for dim in inputs.dims])
     _check_autocast(code, inputs)
     _check_containers(code, inputs.containers)
     first: dict[int, Leaf] = {}
@@ -100,8 +105,7 @@ def input_contract(
         if twin is not leaf:
             expected = f"{twin.path} itself"
             code.check(f"{leaf.code} is not {twin.code}", leaf.code, leaf.path, "tensor", expected, shared=True)
-        fake = fakes.get(leaf.source, fakes.get(leaf.indexed_source))
-        _check_tensor(code, leaf, fake, symbols, required_alignment)
+        _check_tensor(code, leaf, strides.get(leaf.path), required_alignment)
     by_source = {source: leaf for leaf in inputs.leaves for source in (leaf.source, leaf.indexed_source)}
     for left, right in compared:
         one, other = by_source.get(left), by_source.get(right)
@@ -111,8 +115,11 @@ def input_contract(
     for read in reads:
         _check_read(code, read)
     parameters, call = _signature_code(inputs, code)
+    lines, names = (f"def entry({parameters}): {call}", *code.lines), dict(code.names)
     fast = fast_path(inputs, code.constant, code.shared, code.sizes, required_alignment)
-    return Contract(tuple(code.entries), functools.partial(_entry, code, inputs.dims, fast, parameters, call))
+    return Contract(
+        tuple(code.entries), lines, names, functools.partial(_entry, code, inputs.dims, fast, parameters, call)
+    )
 
 
 def _entry(
@@ -140,7 +147,7 @@ def _entry(
     namespace = {
         **code.names,
         **{f"_call{index}": target for index, (_, target) in enumerate(calls)},
-        **PREDICATE_FUNCTIONS,
+        **(predicate_functions() if any(predicate for predicate, _ in calls) else {}),
         **_CALLED,
         "_uncovered": functools.partial(_uncovered, dims),
     }
@@ -240,11 +247,7 @@ def _check_constant(code: _Code, leaf: Leaf) -> None:
 
 
 def _check_tensor(
-    code: _Code,
-    leaf: Leaf,
-    fake: Any,
-    symbols: Mapping[str, str],
-    required_alignment: Callable[[int], int],
+    code: _Code, leaf: Leaf, strides: tuple[str, ...] | None, required_alignment: Callable[[int], int]
 ) -> None:
     value, at, path = leaf.value, leaf.code, leaf.path
     if type(value) in (torch.Tensor, torch.nn.Parameter):
@@ -267,7 +270,7 @@ def _check_tensor(
             else:
                 code.check(f"{size}[{index}] != {length}", at, path, f"size of dim {index}", length)
     if value.layout == torch.strided:
-        _check_layout(code, leaf, fake, symbols, required_alignment)
+        _check_layout(code, leaf, strides, required_alignment)
     code.lines.append(f"    if {at}.requires_grad and _grad_enabled(): _no_gradients({path!r})")
 
 
@@ -284,34 +287,30 @@ def _check_dim(code: _Code, dim: DynamicDim, size: str, at: str, path: str, inde
 
 
 def _check_layout(
-    code: _Code, leaf: Leaf, fake: Any, symbols: Mapping[str, str], required_alignment: Callable[[int], int]
+    code: _Code, leaf: Leaf, strides: tuple[str, ...] | None, required_alignment: Callable[[int], int]
 ) -> None:
     value, at, path = leaf.value, leaf.code, leaf.path
     if value.is_contiguous():
         code.check(f"not {at}.is_contiguous()", at, path, "strides", "contiguous")
-    elif isinstance(fake, torch.Tensor):
-        strides = ", ".join(_stride_code(step, code.sizes, symbols, leaf) for step in fake.stride())
-        code.check(f"{at}.stride() != ({strides},) and {at}.numel()", at, path, "strides", f"({strides})")
+    elif strides is not None:
+        sizes = {code.dims.index(name): variable for name, variable in code.sizes.items()}
+        steps = ", ".join(_stride_code(step, sizes, leaf) for step in strides)
+        code.check(f"{at}.stride() != ({steps},) and {at}.numel()", at, path, "strides", f"({steps})")
     alignment = required_alignment(value.element_size())
     if alignment > 1:
         code.check(f"{at}.data_ptr() % {alignment}", at, path, "alignment in bytes", alignment)
 
 
-def _stride_code(step: Any, sizes: Mapping[str, str], symbols: Mapping[str, str], leaf: Leaf) -> str:
-    if isinstance(step, int):
-        return str(step)
-    expr = shapes.expression(step, None)
-    text = str(expr)
-    for symbol in sorted(expr.free_symbols, key=lambda s: -len(str(s))):
-        name = sizes.get(symbols.get(str(symbol), ""))
+def _stride_code(step: str, sizes: Mapping[int, str], leaf: Leaf) -> str:
+    """The expression over the variables for the sizes of dims."""
+
+    def variable(found: re.Match[str]) -> str:
+        name = sizes.get(int(found[1]))
         if name is None:
-            raise CaptureError(
-                f"the strides of {leaf.path} depend on a size that isn't one of its declared dims",
-                where=leaf.path,
-                hint="pass it contiguous: tensor.contiguous()",
-            )
-        text = text.replace(str(symbol), name)
-    return text
+            raise follows_another_size(leaf.path)
+        return name
+
+    return re.sub(r"\b_d(\d+)\b", variable, step)
 
 
 def _signature_code(inputs: CallInputs, code: _Code) -> tuple[str, str]:

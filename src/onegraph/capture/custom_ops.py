@@ -13,13 +13,13 @@ import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from onegraph.capture.constraints import source_line
 from onegraph.errors import CustomOpError
+from onegraph.ir.custom_op import CustomOp
 from onegraph.ir.graph import GraphCallable
 from onegraph.opaque_ops import is_own_frame
 from onegraph.ops.memory import clone_together, same_bytes, share_memory
@@ -37,18 +37,6 @@ _NOT_FOREIGN = frozenset(
 """Our namespace, and those of torch itself in the supported versions."""
 
 
-@dataclass
-class CustomOp:
-    """One custom op of a graph: where it is called first, and whether it was checked on real values yet."""
-
-    name: str
-    user: str | None
-    checked: bool = False
-
-    def to_dict(self) -> dict[str, object]:
-        return {"name": self.name, "user": self.user, "check": "checked" if self.checked else "pending"}
-
-
 def custom_ops(graph_module: torch.fx.GraphModule) -> tuple[CustomOp, ...]:
     """A record for each custom op in the graph and in the graphs nested in it, in order of first use."""
     found: dict[str, CustomOp] = {}
@@ -59,13 +47,14 @@ def custom_ops(graph_module: torch.fx.GraphModule) -> tuple[CustomOp, ...]:
 
 
 def checked_at_first_call(
-    call: GraphCallable, graph_module: torch.fx.GraphModule, ops: tuple[CustomOp, ...]
+    call: GraphCallable, graph_module: torch.fx.GraphModule, ops: tuple[CustomOp, ...], further: slice = slice(0, 0)
 ) -> GraphCallable:
     """`call` itself where there is nothing to check; else a function that checks first, once.
 
-    `call` and `graph_module` take the same flat inputs; the graph's nodes carry their fake values. A call without
-    data (meta tensors) leaves the ops pending; so is an op that stands only in a nested graph (a branch of
-    torch.cond). The function raises CustomOpError, on every call until the op is mended.
+    `call` and `graph_module` take the same flat inputs, but for `further` ones that only `call` takes; the graph's
+    nodes carry their fake values. A call without data (meta tensors) leaves the ops pending; so is an op that stands
+    only in a nested graph (a branch of torch.cond). The function raises CustomOpError, on every call until the op is
+    mended.
     """
     if not any(True for _ in _foreign_nodes(graph_module)):
         return call
@@ -76,7 +65,7 @@ def checked_at_first_call(
         if pending and not any(isinstance(value, torch.Tensor) and value.is_meta for value in inputs):
             with checking:
                 if pending:
-                    names = _check(pending[0], inputs)
+                    names = _check(pending[0], (*inputs[: further.start], *inputs[further.stop :]))
                     for op in ops:
                         op.checked |= op.name in names
                     pending.clear()

@@ -17,9 +17,9 @@ from onegraph.capture.roots import Scope, as_written, rooted_expression, scope_o
 from onegraph.capture.state_check import evaluate
 from onegraph.errors import CaptureError
 from onegraph.ir.graph import WeightInput
+from onegraph.ir.traced import GuardFact
 from onegraph.torch_compat.dynamo import RawCapture
 from onegraph.torch_compat.effects import Effect
-from onegraph.torch_compat.guards import GuardFact
 
 _UNKNOWN = object()
 

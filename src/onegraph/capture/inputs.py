@@ -17,12 +17,11 @@ import torch
 from torch.export import Dim
 
 from onegraph.capture.dim_specs import child_spec, dim_items, is_static, specs_by_name
-from onegraph.capture.regions import PREDICATE_FUNCTIONS, UNBACKED, Sizing
+from onegraph.capture.regions import UNBACKED, Sizing, predicate_functions
 from onegraph.capture.signatures import CallSignature
 from onegraph.errors import CaptureError, ConfigError, ShapeOutOfRangeError
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.region import canonical_hint
-from onegraph.torch_compat import dynamo
 
 POSITIONAL_ARGUMENTS, KEYWORD_ARGUMENTS = "the positional arguments", "the keyword arguments"
 """The paths of `*args` and `**kwargs` that the written signature doesn't have."""
@@ -89,10 +88,10 @@ def read_call(
     dynamic_shapes: Any,
     max_size: int,
     *,
-    sizing: Sizing = UNBACKED,
+    sizing: Sizing | None = UNBACKED,
 ) -> CallInputs:
     """Binds the call and marks its dynamic dims. `max_size` bounds a Dim that was declared without a max.
-    With backed sizes the example is replaced by memory of the sample's sizes.
+    With backed sizes the example is replaced by memory of the sample's sizes; with no sizing, nothing is marked.
 
     Raises ConfigError for arguments that don't fit the signature, or dims that don't fit the arguments.
     """
@@ -198,7 +197,7 @@ _POSITIONAL = (_KINDS.POSITIONAL_ONLY, _KINDS.POSITIONAL_OR_KEYWORD)
 class _Walk:
     """One pass over the arguments: rebuilds containers, aliases tensors, collects leaves."""
 
-    def __init__(self, max_size: int, sizing: Sizing) -> None:
+    def __init__(self, max_size: int, sizing: Sizing | None) -> None:
         self.max_size = max_size
         self.sizing = sizing
         self.leaves: list[Leaf] = []
@@ -305,17 +304,21 @@ class _Walk:
             size = value.shape[index]
             if not dim.min <= size <= dim.max:
                 raise out_of_range(dim, path, index, size)
-        if declared and self.sizing.mode == "unbacked":
+        if declared and self.sizing is not None and self.sizing.mode == "unbacked":
+            from onegraph.torch_compat import dynamo  # takes seconds to import
+
             for index, dim in declared.items():
                 dynamo.mark_dynamic_dim(
                     alias, index, name=dim.name, minimum=dim.min, maximum=dim.max, hint=canonical_hint(dim)
                 )
-        elif declared and is_new:
-            alias = self.aliases[id(value)] = self.sample(value, path, declared)
+        elif declared and is_new and self.sizing is not None:
+            alias = self.aliases[id(value)] = self.sample(value, path, declared, self.sizing)
         self.leaves.append(Leaf(path, source, code, value, declared))
         return alias
 
-    def sample(self, value: torch.Tensor, path: str, declared: Mapping[int, DynamicDim]) -> torch.Tensor:
+    def sample(
+        self, value: torch.Tensor, path: str, declared: Mapping[int, DynamicDim], sizing: Sizing
+    ) -> torch.Tensor:
         """Memory of the sample's sizes, with the layout of `value`; sizes 0 and 1 are static, as torch has them."""
         if not value.is_contiguous():
             raise ConfigError(
@@ -326,7 +329,9 @@ class _Walk:
         order = list(self.dims)
         shape = list(value.shape)
         for index, dim in declared.items():
-            shape[index] = self.sizing.size(dim, order.index(dim.name))
+            shape[index] = sizing.size(dim, order.index(dim.name))
+        from onegraph.torch_compat import dynamo
+
         sample = torch.empty(shape, dtype=value.dtype, device=value.device)
         for index, dim in declared.items():
             if shape[index] > 1:
@@ -360,7 +365,7 @@ class _Walk:
             raise ConfigError(
                 f"{item!r} is no Dim", where=where, hint='write Dim("name", min=1, max=N) from torch.export'
             )
-        if keyword.iskeyword(item.__name__) or item.__name__ in PREDICATE_FUNCTIONS:
+        if keyword.iskeyword(item.__name__) or _is_function(item.__name__):
             raise ConfigError(
                 f"a Dim is named {item.__name__!r}, which means something else in conditions on sizes",
                 where=where,
@@ -378,6 +383,11 @@ class _Walk:
                 hint="one name is one size: use the same Dim, or another name",
             )
         return known
+
+
+def _is_function(name: str) -> bool:
+    """Whether a name means a function in conditions on sizes: all of these begin with a capital."""
+    return name[:1].isupper() and name in predicate_functions()
 
 
 def _canonical_alias(value: torch.Tensor) -> torch.Tensor:

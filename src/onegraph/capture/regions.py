@@ -7,6 +7,7 @@ the powers of two stand for them; a call at another size that no predicate holds
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -17,12 +18,9 @@ from typing import Any
 from onegraph.errors import ConstraintError
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.region import canonical_hint
-from onegraph.torch_compat.shapes import size_functions
 
 MAX_REGIONS = 8
 """Of sizes from 2 on; those of the sizes 0 and 1 come on top."""
-PREDICATE_FUNCTIONS: dict[str, Any] = {**size_functions(), "Max": max, "Min": min, "Abs": abs}
-"""Functions of sympy and torch in predicates."""
 _TRIED = 1 << 16
 
 
@@ -44,6 +42,14 @@ class Sizing:
 UNBACKED = Sizing("unbacked")
 
 
+@functools.cache
+def predicate_functions() -> dict[str, Any]:
+    """Functions of sympy and torch in predicates, by name."""
+    from onegraph.torch_compat.shapes import size_functions  # imports sympy, which few predicates need
+
+    return {**size_functions(), "Max": max, "Min": min, "Abs": abs}
+
+
 def first_size(dim: DynamicDim, index: int) -> int:
     """The first sample of a dim: large, and another one for each dim, since torch takes equal sizes for one."""
     return max(min(dim.max, 2), dim.min, canonical_hint(dim) - index)
@@ -62,8 +68,8 @@ def holds(predicate: str, dims: Sequence[DynamicDim]) -> Callable[[tuple[int, ..
     """A function of the sizes in the dims' order."""
     parameters = ", ".join(f"_n{i}" for i in range(len(dims)))
     source = f"lambda {parameters}: bool({predicate_code(predicate, dims)})"
-    check: Callable[..., bool] = eval(source, {**PREDICATE_FUNCTIONS, "bool": bool})  # noqa: S307 - our own text
-    unknown = sorted({*check.__code__.co_names} - PREDICATE_FUNCTIONS.keys() - {"bool"})
+    check: Callable[..., bool] = eval(source, {**predicate_functions(), "bool": bool})  # noqa: S307 - our own text
+    unknown = sorted({*check.__code__.co_names} - predicate_functions().keys() - {"bool"})
     if unknown:
         raise ConstraintError(
             f"the declared range can't be split by {predicate}: there is no function {unknown[0]} of sizes here",

@@ -7,6 +7,9 @@ the expression with its roots replaced by names, these names, and the text that 
 from __future__ import annotations
 
 import ast
+import builtins
+import functools
+import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +20,6 @@ import torch
 from onegraph.capture.expression_text import ExpressionText, last_step
 from onegraph.capture.inputs import CallInputs
 from onegraph.capture.state_check import LITERALS
-from onegraph.torch_compat.guards import expression_scope
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,6 @@ class Scope:
 
     globals_read: Mapping[str, Any]
     constants: Mapping[str, Any]
-    functions: Mapping[str, Any]
     self_in_rest: str = ""
     self_prefix: str = ""
     known: dict[str, _Rooted] = field(default_factory=dict, compare=False)
@@ -50,7 +51,7 @@ def scope_of(function: Any, owner: Any, inputs: CallInputs, globals_read: Mappin
         constants[f"type({container.source})"] = container.kind
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         constants[f"L['{name}']"] = constants[f"L[{name!r}]"] = _Cell(cell)
-    return Scope(globals_read, constants, expression_scope(), rest, prefix)
+    return Scope(globals_read, constants, rest, prefix)
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class _Roots(ast.NodeTransformer):
         if isinstance(node.value, ast.Name) and node.value.id == "G" and isinstance(node.slice, ast.Constant):
             key = str(node.slice.value)
             if key.startswith(("__import_", "__builtins_dict__")):  # Dynamo's own names for a module
-                return self.constant(self.scope.globals_read[key])
+                return self.constant(_of_dynamo(key))
             return ast.Subscript(self.constant(self.scope.globals_read), node.slice, ast.Load())
         if (
             isinstance(node.value, ast.Call)
@@ -150,9 +151,22 @@ class _Roots(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> Any:
-        if node.id in self.scope.functions:
-            return self.constant(self.scope.functions[node.id])
-        return node
+        function = None if hasattr(builtins, node.id) else _functions().get(node.id)
+        return node if function is None else self.constant(function)
+
+
+@functools.cache
+def _functions() -> dict[str, Any]:
+    from onegraph.torch_compat.guards import expression_scope  # takes seconds to import, and is rarely needed
+
+    return expression_scope()
+
+
+def _of_dynamo(name: str) -> Any:
+    """What Dynamo has under a name of its own: a module, or the builtins."""
+    if name.startswith("__builtins_dict__"):
+        return vars(builtins)
+    return importlib.import_module(name.removeprefix("__import_").replace("_dot_", "."))
 
 
 def root(value: Any) -> tuple[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from onegraph.errors import CaptureError
-from onegraph.torch_compat import dynamo
+from onegraph.torch_compat import traced_function as torch_compat
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def traced_function(module: Any) -> tuple[Any, Any]:
     Raises CaptureError for what isn't a module, a method or a Python function.
     """
     try:
-        function, owner = dynamo.traced_function(module)
+        function, owner = torch_compat.traced_function(module)
     except (RuntimeError, AttributeError) as error:
         raise CaptureError(
             f"{module!r:.80} can't be captured: it is a {type(module).__name__}",

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from onegraph.capture.inputs import CallInputs
+from onegraph.errors import CaptureError
 from onegraph.ir.dims import SizedArgument
-from onegraph.torch_compat import shapes
 
 
 def sized_arguments(
@@ -38,7 +38,43 @@ def sized_arguments(
         )
 
 
+def dynamic_strides(
+    inputs: CallInputs, fakes: Mapping[str, Any], symbols: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """The strides of each argument that isn't contiguous, by its path, as the graph has them.
+
+    They are expressions over `_d0`, `_d1` …, the sizes of the declared dims in their order. `fakes` are the graph's
+    symbolic values by Dynamo's source name. Raises CaptureError for those that follow another size.
+    """
+    from onegraph.torch_compat import shapes  # imports sympy, which a warm start doesn't need
+
+    order = {dim.name: f"_d{index}" for index, dim in enumerate(inputs.dims)}
+    names = {symbol: order[name] for symbol, name in symbols.items()}
+    found: dict[str, tuple[str, ...]] = {}
+    for leaf in inputs.leaves:
+        value, fake = leaf.value, fakes.get(leaf.source, fakes.get(leaf.indexed_source))
+        if not isinstance(fake, torch.Tensor) or not isinstance(value, torch.Tensor):
+            continue
+        if value.layout == torch.strided and not value.is_contiguous():
+            expressions = [shapes.expression(step, None) for step in fake.stride()]
+            if any(str(symbol) not in names for one in expressions for symbol in one.free_symbols):
+                raise follows_another_size(leaf.path)
+            found[leaf.path] = tuple(_text(step, names) for step in fake.stride())
+    return found
+
+
+def follows_another_size(path: str) -> CaptureError:
+    """The error for strides that follow from no declared dim's size."""
+    return CaptureError(
+        f"the strides of {path} depend on a size that isn't one of its declared dims",
+        where=path,
+        hint="pass it contiguous: tensor.contiguous()",
+    )
+
+
 def _text(step: Any, symbols: Mapping[str, str]) -> str:
+    from onegraph.torch_compat import shapes
+
     text = str(shapes.expression(step, None))
     return re.sub(r"\b[a-z]+\d+\b", lambda found: symbols.get(found[0], found[0]), text)
 

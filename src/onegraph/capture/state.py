@@ -19,7 +19,7 @@ import torch
 
 from onegraph.capture.descriptions import described, has_a_name, number_of_hooks, one_object, type_name
 from onegraph.capture.inputs import CallInputs
-from onegraph.capture.roots import Scope, as_written, root, rooted_expression, scope_of
+from onegraph.capture.roots import Scope, as_written, root, rooted_expression
 from onegraph.capture.signatures import forward_of
 from onegraph.capture.state_check import LITERALS, differs, evaluate
 from onegraph.capture.value_reads import CHECKED_ELSEWHERE, object_read, own_attribute_read, state_read
@@ -27,16 +27,11 @@ from onegraph.env import process_variables
 from onegraph.errors import CaptureError
 from onegraph.ir.graph import WeightInput
 from onegraph.ir.ledger import CheckedWhen, StateEntry, StateRead
-from onegraph.torch_compat.dynamo import RawCapture
-from onegraph.torch_compat.folds import FoldedCall
-from onegraph.torch_compat.guards import GuardFact
-from onegraph.torch_compat.identity import Places
-from onegraph.torch_compat.lookups import UsedBuiltin
-from onegraph.torch_compat.shapes import is_torch_file
+from onegraph.ir.source_text import code_digest
+from onegraph.ir.traced import FoldedCall, GuardFact, Places, TraceFacts, UsedBuiltin
 from onegraph.torch_compat.torch_state import GLOBAL_READS
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_ENVIRONMENT_NAMES = frozenset({"environ", "environb", "getenv", "getenvb"})
 _IS_HEAP_TYPE = 1 << 9
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
@@ -49,11 +44,12 @@ _BUILTIN = (dict, list, tuple)
 
 
 def state_reads(
-    raw: RawCapture,
+    traced: TraceFacts,
     *,
     called: Any,
     function: Any,
     owner: Any,
+    scope: Scope,
     inputs: CallInputs,
     weights: tuple[WeightInput, ...],
 ) -> tuple[StateRead, ...]:
@@ -67,25 +63,23 @@ def state_reads(
     Raises CaptureError for a value that the trace read and that can't be read again, and for an argument that was
     compared with a tensor of the module.
     """
-    scope = scope_of(function, owner, inputs, raw.globals_read)
-    codes = set(raw.traced_code)
     kinds = [one.kind for one in inputs.containers if one.kind not in _BUILTIN]
-    facts = _FactReader(raw, scope, weights, kinds if owner is None else [*kinds, type(owner)])
-    for fact in _with_other_places(raw.guards, raw.identities.same):
+    facts = _FactReader(traced, scope, weights, kinds if owner is None else [*kinds, type(owner)])
+    for fact in _with_other_places(traced.guards, traced.same):
         facts.read(fact)
     reads = facts.reads
-    reads += _compared_reads(raw.identities.compared, scope)
+    reads += _compared_reads(traced.compared, scope)
     reads += facts.objects.replaced()
-    reads += _method_reads(facts.classes.values(), codes)
+    reads += _method_reads(facts.classes.values(), traced.functions)
     reads += _function_reads(function.__qualname__, function, root(function))
     if isinstance(owner, torch.nn.Module):
         reads += _owner_reads(owner)
     if isinstance(called, torch.nn.Module) and function is forward_of(called):
         reads += _forward_reads(called, owner, function)
-    reads += _environment_reads(codes, facts.environment_user)
-    reads += map(_builtin_read, raw.builtins)
-    reads += _global_reads(reads_grad_mode(raw.guards))
-    reads += map(_fold_read, raw.folded)
+    reads += _environment_reads(traced.environment_user or facts.environment_user)
+    reads += map(_builtin_read, traced.builtins)
+    reads += _global_reads(reads_grad_mode(traced.guards))
+    reads += map(_fold_read, traced.folded)
     return _distinct(reads)
 
 
@@ -96,13 +90,12 @@ class _FactReader:
     line that read the process's variables.
     """
 
-    def __init__(self, raw: RawCapture, scope: Scope, weights: tuple[WeightInput, ...], classes: list[type]) -> None:
+    def __init__(self, traced: TraceFacts, scope: Scope, weights: tuple[WeightInput, ...], classes: list[type]) -> None:
         self.scope = scope
         self.by_tensor = {id(weight.holder[weight.key]): weight for weight in weights}
-        self.counters = set(raw.sources) & {source for state in raw.counted for source in state.sources}
-        own_code = (code for code in raw.traced_code if not is_torch_file(code.co_filename))
-        self.asks_for_gradients = any("requires_grad" in code.co_names for code in own_code)
-        self.objects = _Objects(raw.stored_attributes)
+        self.counters = traced.counted.intersection(traced.sources)
+        self.asks_for_gradients = traced.asks_for_gradients
+        self.objects = _Objects(traced.stored_attributes)
         self.classes: dict[int, type] = {id(one): one for one in classes}
         self.environment_user: str | None = None
         self.reads: list[StateRead] = []
@@ -206,12 +199,16 @@ _WITHOUT_IDENTITY = (
 """Values that are compared otherwise, or that a program doesn't tell from their equals."""
 
 
+class _Pinned(dict[int, tuple[Any, str]]):
+    """Objects by their ids, each with the first place where it stands."""
+
+
 class _Objects:
     """Which object stands at which place: pinned where it stays, else told from all others."""
 
     def __init__(self, stored_attributes: frozenset[str]) -> None:
         self.stored = stored_attributes
-        self.pinned: dict[int, tuple[Any, str]] = {}
+        self.pinned = _Pinned()
         self.volatile: dict[str, tuple[Any, Mapping[str, Any], str, str | None]] = {}
 
     def add(self, rooted: tuple[str, Mapping[str, Any]], value: Any, what: str, user: str | None) -> StateRead | None:
@@ -260,20 +257,25 @@ def _are_same(pair: tuple[Any, Any]) -> str:
     return str(pair[0] is pair[1])
 
 
-def _method_reads(classes: Iterable[type], traced: set[types.CodeType]) -> Iterator[StateRead]:
+def _method_reads(classes: Iterable[type], traced: frozenset[tuple[str, str]]) -> Iterator[StateRead]:
     """Methods that were inlined, where the class finds them, and that no further attribute hides or adds any."""
+    names = {name for name, _ in traced}
+
+    def is_traced(code: types.CodeType) -> bool:
+        return code.co_qualname in names and (code.co_qualname, code_digest(code)) in traced
+
     for cls in classes:
-        text, names = root(cls)
+        text, roots = root(cls)
         for base in cls.__mro__:
             for name, raw in sorted(vars(base).items()):
                 inner = next((part for part in _INNER if isinstance(raw, part)), None)
                 method = getattr(raw, _INNER[inner], None) if inner is not None else raw
-                if not isinstance(method, types.FunctionType) or method.__code__ not in traced:
+                if not isinstance(method, types.FunctionType) or not is_traced(method.__code__):
                     continue
                 found = inspect.getattr_static(cls, name) is raw
                 place = text if found else f"_k{id(base):x}"
                 expression = f"{place}.{name}" + (f".{_INNER[inner]}" if inner not in (None, staticmethod) else "")
-                rooted = expression, names if found else {place: base}
+                rooted = expression, roots if found else {place: base}
                 yield from _function_reads(f"{cls.__qualname__}.{name}", method, rooted)
             if base.__module__.partition(".")[0] not in ("builtins", "torch"):
                 yield _size_read(base)
@@ -357,17 +359,13 @@ def _forward_reads(module: torch.nn.Module, owner: Any, function: Any) -> Iterat
         yield state_read("forward", None, rooted, "{x} is not $function", described, function=function)
 
 
-def _environment_reads(traced: Iterable[types.CodeType], user: str | None) -> Iterator[StateRead]:
+def _environment_reads(user: str | None) -> Iterator[StateRead]:
     """The whole environment, if traced code names it: Dynamo guards neither a missing variable nor `os.getenv`.
 
-    `user` is where it was read by another name.
+    `user` is where it was read, None where it wasn't.
     """
-    reading = [code for code in traced if not _ENVIRONMENT_NAMES.isdisjoint(code.co_names)]
-    if not reading and user is None:
+    if user is None:
         return
-    if reading:
-        code = min(reading, key=lambda code: (is_torch_file(code.co_filename), code.co_filename, code.co_firstlineno))
-        user = f"{code.co_filename}:{code.co_firstlineno}"
     variables = process_variables()
     before = dict(variables)
 

@@ -18,7 +18,7 @@ from onegraph.capture.descriptions import described, has_a_name, number_of_hooks
 from onegraph.capture.state_check import LITERALS, differs, evaluate
 from onegraph.ir.graph import WeightInput
 from onegraph.ir.ledger import StateEntry, StateRead
-from onegraph.torch_compat.guards import GuardFact
+from onegraph.ir.traced import GuardFact
 from onegraph.torch_compat.tensor_checks import KindCheck
 
 # Guards on what the input contract or the ledger of shapes checks, or what the compiled code never does.
@@ -45,12 +45,18 @@ def state_read(
     describe: Callable[[Any], str],
     **constants: Any,
 ) -> StateRead:
-    """A read whose value now is the expected one. In `condition`, `{x}` is the value and `$name` a constant."""
+    """A read whose value now is the expected one.
+
+    In `condition`, `{x}` is the value and `$name` a constant; `$object` is one that is compared by identity alone.
+    """
     text, names = rooted
-    named = re.sub(r"\$(\w+)", lambda match: f"_v{id(constants[match[1]]):x}", condition)
+    variables = {name: f"_{'o' if name == 'object' else 'v'}{id(value):x}" for name, value in constants.items()}
+    named = re.sub(r"\$(\w+)", lambda match: variables[match[1]], condition)
     value = evaluate(text, names)
     entry = StateEntry(what, describe(value), user=user, portable=describe is not described or has_a_name(value))
-    return StateRead(entry, text, named, {**names, **{f"_v{id(c):x}": c for c in constants.values()}}, describe)
+    return StateRead(
+        entry, text, named, {**names, **{variables[name]: constants[name] for name in constants}}, describe
+    )
 
 
 def object_read(

@@ -50,6 +50,17 @@ def _attribute(module: Any, target: str) -> Any:
     return module
 
 
+def weight_places(function: Any, owner: Any) -> dict[str, tuple[Any, Any]]:
+    """Name -> (holder, key) for every tensor that the function can reach; without names that stand for two places."""
+    places: dict[str, tuple[Any, Any]] = {}
+    twice: set[str] = set()
+    for _, (name, holder, key) in _places(function, owner):
+        known = places.setdefault(name, (holder, key))
+        if known[0] is not holder and not isinstance(holder, _Cells):
+            twice.add(name)
+    return {name: place for name, place in places.items() if name not in twice}
+
+
 class _Cells:
     """A function's closure as a mapping from variable names to what they hold now."""
 

@@ -28,6 +28,7 @@ def main(words: list[str]) -> int:
     from onegraph.config.compilation import CompilationConfig
     from onegraph.config.resolve import resolve
     from onegraph.env import environment
+    from onegraph.passes.catalogue import choose_passes
     from onegraph.targets import device_rules, resolve_device
 
     device = resolve_device(config.device)
@@ -41,12 +42,14 @@ def main(words: list[str]) -> int:
         from onegraph.torch_compat.inductor import check_options  # imports Inductor, which takes seconds
 
         check_options(resolved.inductor_compile_config)
+    passes = [one.name for one in choose_passes(resolved).passes]
     facts = resolved.to_dict()
     for flag in ENGINE_FLAGS:
         given = getattr(options, flag.field) is not None
         facts[flag.field] = {"value": getattr(config, flag.field), "why": "user" if given else "default"}
     if config.device != device:
         facts["device"] = {"value": device, "why": f"{facts['device']['why']}: {config.device}"}
+    facts["passes_run"] = {"value": passes, "why": "in this order"}
     if options.json:
         print(json.dumps(facts, indent=1, default=str))
         return 0

@@ -143,18 +143,23 @@ def _cache() -> tuple[bool, str]:
         return True, "off (ONEGRAPH_DISABLE_COMPILE_CACHE)"
     from onegraph.store.store import Store
 
-    store = Store(current.cache_root)
+    store = Store.configured(current)
+    store.open_base()
     store.open_root()
     mode = stat.S_IMODE(current.cache_root.stat().st_mode)
     free = shutil.disk_usage(current.cache_root).free
+    over = "" if current.cache_base is None else f", over {current.cache_base}"
+    signed = "" if current.cache_key_file is None else ", signed"
     kept = f"{store.size_bytes() / 2**20:.1f} MiB kept, {free / 2**30:.1f} GiB free"
-    return True, f"{current.cache_root}, yours, mode {mode:04o}, {kept}"
+    return True, f"{current.cache_root}, yours, mode {mode:04o}, {kept}{over}{signed}"
 
 
 def _variables() -> tuple[bool, str]:
     current = environment()
     given = {
         "ONEGRAPH_CACHE_ROOT": current.cache_root_is_explicit,
+        "ONEGRAPH_CACHE_BASE": current.cache_base is not None,
+        "ONEGRAPH_CACHE_KEY_FILE": current.cache_key_file is not None,
         "ONEGRAPH_DISABLE_COMPILE_CACHE": current.disable_compile_cache,
         "ONEGRAPH_COMPILATION_CONFIG": current.compilation_config is not None,
         "ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT": current.compile_cache_save_format is not None,

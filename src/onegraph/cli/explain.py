@@ -33,6 +33,9 @@ def main(words: list[str]) -> int:
         action="store_true",
         help="also print the function that runs the pieces, and the memory that it reuses",
     )
+    parser.add_argument(
+        "--passes", action="store_true", help="also print what each pass rewrote, and where it nearly did"
+    )
     parser.add_argument("--json", action="store_true", help="print facts as JSON")
     parser.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
     options = parser.parse_known_words(rest)
@@ -47,6 +50,8 @@ def main(words: list[str]) -> int:
     if options.plan:
         buffers = None if explanation.buffers is None else dataclasses.asdict(explanation.buffers)
         facts |= {"plan_source": explanation.plan_source, "buffers": buffers}
-    shown = f"{explanation}\n\n{explanation.plan_text}" if options.plan else str(explanation)
-    print(json.dumps(facts, indent=1) if options.json else shown)
+    parts = [str(explanation)]
+    parts += [explanation.passes_text] if options.passes else []
+    parts += [explanation.plan_text] if options.plan else []
+    print(json.dumps(facts, indent=1) if options.json else "\n\n".join(parts))
     return 0 if all(check.ok for check in checks) else 1

@@ -39,6 +39,7 @@ ENGINE_FLAGS = (
     EngineFlag("tensor_parallel_size", int, "devices (this version: 1)"),
     EngineFlag("seed", int, "seed of requests that bring none"),
     EngineFlag("trust_remote_code", bool, "run Python code that comes with the model"),
+    EngineFlag("artifact", str, "a file of `onegraph compile`; what it isn't for is refused"),
 )
 _DEFAULT_ON = ("enable_prefix_caching",)
 

@@ -5,18 +5,22 @@ Exit codes: 0 fine, 1 the thing asked for failed or is false, 2 bad usage.
 
 from __future__ import annotations
 
+import bdb
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from onegraph import __version__
-from onegraph.cli import config, doctor, explain, run, serve
+from onegraph.cli import cache, compile, config, doctor, explain, run, serve
 from onegraph.cli.flags import UsageError
 from onegraph.errors import ConfigError, OnegraphError, nearest
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "run": (run.main, "generate text for prompts, offline"),
     "serve": (serve.main, "an OpenAI-compatible server for one model"),
+    "compile": (compile.main, "compile a model ahead of time, into one file for --artifact"),
     "explain": (explain.main, "how a model is compiled: stages, ledger, pieces, config and why"),
+    "cache": (cache.main, "the compile cache: what it holds, why it missed, verify, prune, clear, export, import"),
     "config": (config.main, "the effective values of all settings, and why each is what it is"),
     "doctor": (doctor.main, "check the toolchain, torch, the device and permissions"),
 }
@@ -44,18 +48,19 @@ def main(words: Sequence[str] | None = None) -> int:
         return _failed(f"onegraph: {error}", 1, verbose)
     except KeyboardInterrupt:
         return _failed("onegraph: interrupted", 1, verbose)
+    except bdb.BdbQuit:
+        return _failed("onegraph: ended from the debugger", 1, verbose)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output is gone: nothing to tell it
         return 1
     except Exception as error:  # noqa: BLE001 - a bug is told in one block too; --verbose shows where
-        message = f"onegraph: unexpected {type(error).__name__}: {error}"
-        return _failed(f"{message}\n  to do: --verbose shows where; please report it", 1, verbose)
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"onegraph: unexpected {type(error).__name__}: {error}\n  where: {last.filename}:{last.lineno}"
+        return _failed(f"{message}\n  to do: --verbose shows more; please report it", 1, verbose)
 
 
 def _failed(message: str, code: int, verbose: bool) -> int:
     if verbose:
-        import traceback
-
         traceback.print_exc()
     print(message, file=sys.stderr)
     return code

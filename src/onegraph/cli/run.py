@@ -94,6 +94,7 @@ def _compare(
     return {
         "start": explanation.start,
         "stages": {name: round(seconds, 3) for name, seconds in explanation.stages},
+        "traced": explanation.index is None or explanation.index.status != "hit",
         "eager_tokens_per_s": round(max(rates["eager"]), 1),
         "compiled_tokens_per_s": round(max(rates["compiled"]), 1),
         "same_tokens": same,
@@ -102,12 +103,16 @@ def _compare(
 
 def _table_text(table: dict[str, Any]) -> str:
     stages = table["stages"]
-    load = "load" if table["start"] == "warm" else "compile"
+    took = [("index", f"{stages.get('index', 0.0):.2f} s: nothing was traced or compiled")]
+    if table["traced"]:
+        load = "load" if table["start"] == "warm" else "compile"
+        took = [
+            (title, f"{stages.get(name, 0.0):.2f} s") for title, name in (("capture",) * 2, (load, "compile or load"))
+        ]
     eager, compiled = table["eager_tokens_per_s"], table["compiled_tokens_per_s"]
     rows = [
         ("start", str(table["start"])),
-        ("capture", f"{stages.get('capture', 0.0):.2f} s"),
-        (load, f"{stages.get('compile or load', 0.0):.2f} s"),
+        *took,
         ("eager", f"{eager:.1f} tokens/s"),
         ("compiled", f"{compiled:.1f} tokens/s ({compiled / eager:.2f}x)"),
         ("same tokens", "yes" if table["same_tokens"] else "no: rounding decided a near tie, or see `explain`"),

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import termios
 import time
 from dataclasses import fields
 from typing import Any
@@ -43,14 +44,22 @@ def main(words: list[str]) -> int:
             hint="install the extra: pip install 'onegraph[serve]'",
         ) from error
     server = Server(config, settings, told=_Teller(as_json))
+    terminal = termios.tcgetattr(sys.stdin) if _has_terminal() else None
     code = server.serve()
     if server.client.thread.is_alive:
-        # It compiles, which nothing can interrupt; waiting for it would keep a stopped server alive for minutes.
+        # It compiles, which nothing can interrupt, or stands at a breakpoint, whose prompt has the terminal; waiting
+        # for it would keep a stopped server alive for minutes.
+        if terminal is not None:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, terminal)
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _has_terminal() -> bool:
+    return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
 
 
 def parsed(words: list[str]) -> tuple[EngineConfig, ServeSettings, bool]:

@@ -99,4 +99,4 @@ def _measured(question: TuningQuestion, measure: Callable[[], Mapping[str, float
 def _with_choices(piece: Key, choices: Mapping[str, TunedChoice]) -> Key:
     """Of the digests, which know everything of a question, and what was chosen; times are no part of it."""
     made = {digest: f"{one.op}: {one.choice}" for digest, one in choices.items()}
-    return Key.of({**piece.factors, "autotuned": made})
+    return Key.of({**piece.factors, "autotuned": made}, piece.graph)

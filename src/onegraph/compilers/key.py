@@ -13,15 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import onegraph.version
-from onegraph.compilers.graph_text import graph_text
+from onegraph.compilers.machine import machine_factors
 from onegraph.ir.key import Key, Unkeyable
 from onegraph.ir.piece import Piece
 from onegraph.ir.region import Region
 from onegraph.ir.target import Target
-from onegraph.torch_compat import inductor, torch_state
+from onegraph.torch_compat import custom_hooks, inductor
+from onegraph.torch_compat.graph_text import graph_text
 
 
 def piece_key(piece: Piece, region: Region | None, target: Target, options: dict[str, Any]) -> Key | Unkeyable:
@@ -32,7 +31,7 @@ def piece_key(piece: Piece, region: Region | None, target: Target, options: dict
     text = graph_text(piece.graph_module, piece.fake_mode.shape_env)
     if isinstance(text, Unkeyable):
         return text
-    hooks = inductor.hook_identities()
+    hooks = custom_hooks.hook_identities()
     if isinstance(hooks, str):
         return Unkeyable(hooks)
     factors = {
@@ -43,19 +42,7 @@ def piece_key(piece: Piece, region: Region | None, target: Target, options: dict
         "python": f"{platform.python_implementation()} {sys.version_info.major}.{sys.version_info.minor}",
         **machine_factors(target),
     }
-    return Key.of(factors)
-
-
-def machine_factors(target: Target) -> dict[str, Any]:
-    """What of torch and of the machine decides about code, and about which code is fast."""
-    return {
-        "torch": {
-            "version": torch.__version__,
-            "git": torch.version.git_version,
-            **torch_state.compile_state(),
-        },
-        "target": {"name": target.name, **target.fingerprint()},
-    }
+    return Key.of(factors, graph=text)
 
 
 def _without_names(region: Region) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,21 @@ from onegraph.ir.piece import Piece
 from onegraph.ir.target import Target
 from onegraph.ops.library import LIBRARY, implementation
 from onegraph.torch_compat.operators import dispatcher_is_watched
-from onegraph.torch_compat.shapes import is_plain_symbol
+
+
+@dataclass(frozen=True)
+class OwnOps:
+    """A piece of own ops as data. `source` is the text of `run(results, args)`, which calls `ops`.
+
+    `results` are the tensors that they make, by name, with sizes as numbers or symbols, and dtype; `shown` is for each
+    output the result that it shows. `is_planned` says that the results' sizes follow from plain symbols.
+    """
+
+    source: str
+    ops: tuple[str, ...]
+    results: tuple[tuple[str, tuple[int | str, ...], torch.dtype], ...]
+    shown: tuple[int, ...]
+    is_planned: bool
 
 
 def compile_piece(piece: Piece, target: Target) -> PieceCode | None:
@@ -31,22 +46,44 @@ def compile_piece(piece: Piece, target: Target) -> PieceCode | None:
 
     The ops keep no reference to what they are given, and each result has memory of its own.
     """
-    nodes = piece.graph_module.graph.nodes
-    ops = {node: _own_op(node) for node in nodes if node.op not in ("placeholder", "output")}
-    (output,) = piece.graph_module.graph.find_nodes(op="output")
+    code = own_ops(piece, target)
+    return None if code is None else load_piece(code, eager.compile_piece(piece), target, piece.index)
+
+
+def own_ops(piece: Piece, target: Target) -> OwnOps | None:
+    """As `compile_piece`, as data."""
+    from onegraph.torch_compat.shapes import is_plain_symbol  # imports sympy, which loading doesn't need
+
+    graph = piece.graph_module.graph
+    ops = {node: _own_op(node) for node in graph.nodes if node.op not in ("placeholder", "output")}
+    (output,) = graph.find_nodes(op="output")
     on_target = all(value.device.type == target.name for value in piece.fake_inputs if isinstance(value, torch.Tensor))
     if not on_target or not all(op or _is_row(node, ops) for node, op in ops.items()) or not _gives(output, ops):
         return None
-    dispatched = eager.compile_piece(piece)
-    functions = {f"__{op}": implementation(op, target.dispatch_key) for op in ops.values() if op is not None}
+    results = [node for node, op in ops.items() if op and isinstance(value_of(node), torch.Tensor)]
+    shapes = [value_of(node).shape for node in results]
+    return OwnOps(
+        source=_source(graph, ops, results),
+        ops=tuple(dict.fromkeys(op for op in ops.values() if op is not None)),
+        results=tuple(
+            (node.name, tuple(size if isinstance(size, int) else str(size) for size in shape), value_of(node).dtype)
+            for node, shape in zip(results, shapes, strict=True)
+        ),
+        shown=tuple(results.index(one if ops[one] else one.args[0]) for one in output.all_input_nodes),  # type: ignore[arg-type]
+        is_planned=all(isinstance(size, int) or is_plain_symbol(size) for shape in shapes for size in shape),
+    )
+
+
+def load_piece(code: OwnOps, dispatched: PieceCallable, target: Target, index: int) -> PieceCode:
+    """The callable of a piece. `dispatched` runs it through the dispatcher."""
+    functions = {f"__{op}": implementation(op, target.dispatch_key) for op in code.ops}
     if None in functions.values():
         return PieceCode(dispatched, frozenset())
-    results = [node for node, op in ops.items() if op and isinstance(value_of(node), torch.Tensor)]
     namespace: dict[str, Any] = {**functions, "__dispatched": dispatched, "__is_watched": dispatcher_is_watched}
-    execute(f"onegraph ops of piece {piece.index}", _source(piece.graph_module.graph, ops, results), namespace)
+    execute(f"onegraph ops of piece {index}", code.source, namespace)
     run = namespace["run"]
-    alone = functools.partial(run, (None,) * len(results))
-    return PieceCode(alone, frozenset(), _prepared(output, ops, results, run))
+    alone = functools.partial(run, (None,) * len(code.results))
+    return PieceCode(alone, frozenset(), _prepared(code, run) if code.is_planned else None)
 
 
 def _source(graph: torch.fx.Graph, ops: dict[Node, str | None], results: list[Node]) -> str:
@@ -66,35 +103,28 @@ def _source(graph: torch.fx.Graph, ops: dict[Node, str | None], results: list[No
     return "\n".join(lines) + "\n"
 
 
-def _prepared(
-    output: Node,
-    ops: dict[Node, str | None],
-    results: list[Node],
-    run: Callable[..., Any],
-) -> PreparedPiece | None:
-    """None where a result's size is no plain size of the graph."""
-    values = [value_of(node) for node in results]
-    symbols = dict.fromkeys(str(size) for value in values for size in value.shape if not isinstance(size, int))
-    if not all(isinstance(size, int) or is_plain_symbol(size) for value in values for size in value.shape):
-        return None
+def _prepared(code: OwnOps, run: Callable[..., Any]) -> PreparedPiece:
+    symbols = tuple(dict.fromkeys(size for _, shape, _ in code.results for size in shape if isinstance(size, str)))
 
     def layouts(*sizes: int) -> list[Layout]:
         known = dict(zip(symbols, sizes, strict=True))
-        return [_contiguous([known.get(str(size), size) for size in value.shape], value.dtype) for value in values]
+        return [
+            _contiguous([size if isinstance(size, int) else known[size] for size in shape], dtype)
+            for _, shape, dtype in code.results
+        ]
 
     def bind(scratch: Any, buffers: Sequence[torch.Tensor | None], sizes: Any, checks: bool) -> PieceCallable:
         return functools.partial(run, tuple(buffers))
 
-    shown = [results.index(one if ops[one] else one.args[0]) for one in output.all_input_nodes]  # type: ignore[arg-type]
     return PreparedPiece(
         sizes=tuple(SizeSource(None, symbol) for symbol in symbols),
-        size_names=tuple(symbols),
+        size_names=symbols,
         scratch=(),
         results=tuple(
-            BufferUse(node.name, f"{tuple(value.shape)}, contiguous, {value.dtype}", 0, 0)
-            for node, value in zip(results, values, strict=True)
+            BufferUse(name, f"({', '.join(map(str, shape))}), contiguous, {dtype}", 0, 0)
+            for name, shape, dtype in code.results
         ),
-        outputs=tuple(shown),
+        outputs=code.shown,
         scratch_layouts=lambda *sizes: [],
         results_layouts=layouts,
         scratch_views=lambda buffers, *sizes: (),

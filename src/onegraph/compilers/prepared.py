@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from onegraph.compilers.wrapper import OWN_OPS
 from onegraph.ir.artifact import BufferUse, SizeSource
 
 _SIZE_NAME = re.compile(r"[su]\d+")
@@ -58,6 +59,8 @@ class Prepared:
     results: tuple[BufferUse, ...]
     outputs: tuple[tuple[int, int] | None, ...]
     """For each output the result that it shows, and its place in what `results` returns; or None."""
+    lines: tuple[int, ...]
+    """For each line of the text the wrapper's line that it was made of; 0 where it isn't made of one."""
 
 
 def prepare(source: str) -> Prepared | None:
@@ -189,7 +192,7 @@ class _Analysis:
         called = ast.unparse(call.func)
         if called == "args.clear":
             return True
-        if called.startswith("extern_kernels."):
+        if called.startswith(("extern_kernels.", f"{OWN_OPS}.")):
             return any(keyword.arg == "out" for keyword in call.keywords)
         return called in self.kernels
 
@@ -273,10 +276,14 @@ class _Printer(ast.NodeTransformer):
             ]
         inputs = _tuple(known.inputs or [])
         text += [f"def check(args{sizes}):", *_indented([f"{inputs} = args", *computed, *checks])]
+        numbers = [0] * (sum(line.count("\n") + 1 for line in text) + 1)
         groups = (("scratch", self._of(scratch)), ("results", self._of(results)))
         body = [f"{_tuple(names)} = {group}" for group, names in groups if names]
+        numbers += [0] * len(body)
         for statement in rest:
+            number = getattr(statement, "lineno", numbers[-1])
             body += ast.unparse(ast.fix_missing_locations(statement)).splitlines()
+            numbers += [number] * (len(body) + len(text) + 1 - len(numbers))
         text += ["def run(scratch, results, args):", *_indented(body)]
         return Prepared(
             source="\n".join(text) + "\n",
@@ -286,6 +293,7 @@ class _Printer(ast.NodeTransformer):
             scratch=tuple(buffer.use() for buffer in scratch),
             results=tuple(buffer.use() for buffer in results),
             outputs=tuple(self._shown(rest[-1], results)),
+            lines=tuple(numbers),
         )
 
     def _of(self, buffers: tuple[Buffer, ...]) -> list[str]:

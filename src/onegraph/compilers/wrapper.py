@@ -1,23 +1,33 @@
 """Inductor's wrapper module, taken apart and put together: its kernels come from a library instead of a build.
 
 Takes the Python text that Inductor wrote and the kernels that it would have built; gives the same text with each
-build replaced by a look-up of the kernel's name in `kernels`. The result runs without Inductor's compile workers and
-without a C++ compiler.
+build replaced by a look-up of the kernel's name in `kernels`, and each call of an op of ours that writes into planned
+memory by one of a plain function in `own_ops`. The result runs without Inductor's compile workers and without a C++
+compiler.
 """
 
 from __future__ import annotations
 
 import ast
 import linecache
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from onegraph.errors import CompileError
 from onegraph.ir.target import KernelSource
+from onegraph.ops.library import LIBRARY, OutFunctions
 
 _BUILDS = {"async_compile.cpp_pybinding": "cpp", "async_compile.triton": "triton"}
 """What the wrapper's text calls to build a kernel, and the kernel's language."""
+
+OWN_OPS = "own_ops"
+_KERNEL = re.compile(r"^(\w+) = kernels\['(\w+)'\]$", re.MULTILINE)
+_OUT_CALL = re.compile(rf"\btorch\.ops\.{LIBRARY.ns}\.(\w+)\.out(?=\()")
 
 
 def take_apart(source: str, kernels: tuple[KernelSource, ...]) -> str:
@@ -33,7 +43,7 @@ def take_apart(source: str, kernels: tuple[KernelSource, ...]) -> str:
             lines[node.lineno - 1] = text
             for number in range(node.lineno, node.end_lineno or node.lineno):
                 lines[number] = ""
-    result = "".join(lines)
+    result = _without_imports_of_inductor(_OUT_CALL.sub(rf"{OWN_OPS}.\1", "".join(lines)))
     if remaining or "async_compile" in result:
         raise CompileError(
             f"Inductor's wrapper has {len(remaining)} kernels that its text doesn't name in a known form",
@@ -41,6 +51,32 @@ def take_apart(source: str, kernels: tuple[KernelSource, ...]) -> str:
             hint="report this with your torch version; -O.backend=aot_eager runs without Inductor",
         )
     return result
+
+
+def _without_imports_of_inductor(source: str) -> str:
+    """The text without what it imports of Inductor and doesn't use: a warm start shall not wait for Inductor's import.
+
+    Operators that aren't compiled (`extern_kernels.mm`) are mostly torch's own functions, and then taken from torch.
+    """
+    lines = source.splitlines(keepends=True)
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("torch._inductor"):
+            continue
+        names = [alias.asname or alias.name for alias in node.names]
+        used = [name for name in names if len(re.findall(rf"\b{name}\b", source)) > 1]
+        text = ""
+        if used == ["extern_kernels"]:
+            called = set(re.findall(r"\bextern_kernels\.(\w+)", source))
+            kernels = sys.modules["torch._inductor.select_algorithm"].extern_kernels
+            if not all(getattr(kernels, name, None) is getattr(torch, name, "") for name in called):
+                continue
+            text = "extern_kernels = torch\n"
+        elif used:
+            continue
+        lines[node.lineno - 1] = text
+        for number in range(node.lineno, node.end_lineno or node.lineno):
+            lines[number] = ""
+    return "".join(lines)
 
 
 def _replacement(node: ast.stmt, remaining: list[KernelSource]) -> str | None:
@@ -64,8 +100,15 @@ def _replacement(node: ast.stmt, remaining: list[KernelSource]) -> str | None:
     return f"{ast.unparse(node.targets[0])} = kernels[{remaining.pop(0).name!r}]\n"
 
 
-def put_together(path: Path, source: str, kernels: Mapping[str, Any], constants: Mapping[str, Any]) -> dict[str, Any]:
-    """Executes the wrapper's text with its kernels and constants; gives its names, of which `call` takes one list.
+def kernel_names(source: str) -> dict[str, str]:
+    """The kernels that a wrapper without builds looks up, each with its name there."""
+    return {kernel: name for name, kernel in _KERNEL.findall(source)}
+
+
+def put_together(
+    path: Path, source: str, kernels: Mapping[str, Any], own_ops: OutFunctions, constants: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Executes the wrapper's text with its functions and constants; gives its names, of which `call` takes one list.
 
     `path` is the file that tracebacks and debuggers show.
     """
@@ -73,10 +116,22 @@ def put_together(path: Path, source: str, kernels: Mapping[str, Any], constants:
         "__name__": "onegraph_artifact",
         "__file__": str(path),
         "kernels": kernels,
+        OWN_OPS: own_ops,
         **constants,
     }
     exec(compile(source, str(path), "exec"), namespace)  # noqa: S102 - an artifact is code, verified by the store
     return namespace
+
+
+def execute_as(path: Path, source: str, lines: Sequence[int], namespace: dict[str, Any]) -> None:
+    """As `execute`, but shown as lines of a file: `lines` has the file's line for each of the text, 0 for none."""
+    tree = ast.parse(source)
+    first = next(filter(None, lines), 1)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt | ast.expr):
+            node.lineno = node.end_lineno = lines[node.lineno - 1] or first
+            node.col_offset = node.end_col_offset = 0
+    exec(compile(tree, str(path), "exec"), namespace)  # noqa: S102 - made of an artifact's own text
 
 
 def execute(name: str, source: str, namespace: dict[str, Any]) -> None:

@@ -70,8 +70,15 @@ class CompilationConfig:
         "choice", "kernels", "what compiles the captured graph", ("inductor", "aot_eager", "eager")
     )
     splitting_ops: tuple[str, ...] | None = _field("strs", "graph", "ops at which the graph is split; [] is one piece")
-    passes: Mapping[str, Any] | None = _field("dict", "graph", "a pass's name: false to leave it out, or its options")
-    extra_passes: tuple[str, ...] | None = _field("strs", "graph", "passes of yours, as module:Class")
+    passes: Mapping[str, Any] | None = _field(
+        "dict", "graph", "a pass's name: false to leave it out, true, or its options"
+    )
+    extra_passes: tuple[str, ...] | None = _field(
+        "strs", "graph", "passes of yours, as module:Class or the name of an entry point"
+    )
+    check_passes: bool | None = _field(
+        "bool", "nothing", "compare each pass's pieces before and after, on sample data, with fp64 as the judge"
+    )
     eager_pieces: tuple[int, ...] | None = _field("ints", "nothing", "numbers of pieces that run uncompiled")
     compile_sizes: tuple[int | str, ...] | None = _field(
         "sizes", "kernels", "sizes that get an artifact of their own; `cudagraph_capture_sizes` stands for those"
@@ -103,7 +110,10 @@ class CompilationConfig:
         "intermediate values keep their places from call to call; false: each piece allocates, and checks its inputs",
     )
     compile_cache_save_format: str | None = _field(
-        "choice", "nothing", "how artifacts are kept in the compile cache", ("binary", "unpacked")
+        "choice",
+        "nothing",
+        "how artifacts are kept; unpacked: as sources too, whose edits are used",
+        ("binary", "unpacked"),
     )
     inductor_compile_config: Mapping[str, Any] | None = _field("dict", "kernels", "options of Inductor, by name")
     autotune: str | None = _field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     seed: int = 0
     trust_remote_code: bool = False
+    artifact: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_batched_tokens", "num_kv_blocks"):

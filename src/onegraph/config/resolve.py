@@ -23,6 +23,7 @@ LEVEL_MODES = (
     CompilationMode.ONEGRAPH,
 )
 AUTOTUNED: Mapping[str, Any] = {"max_autotune": True}  # what measuring needs of Inductor's options
+_CAPTURING = (CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.ONEGRAPH)
 TUNING_OPTIONS = ("max_autotune", "max_autotune_gemm")
 ATTENTION_OPS = ("onegraph::write_kv_cache", "onegraph::paged_attention")
 
@@ -46,6 +47,7 @@ class ResolvedConfig:
     splitting_ops: tuple[str, ...]
     passes: Mapping[str, Any]
     extra_passes: tuple[str, ...]
+    check_passes: bool
     eager_pieces: tuple[int, ...]
     compile_sizes: tuple[int, ...]
     compile_ranges: tuple[Any, ...]
@@ -72,7 +74,8 @@ class ResolvedConfig:
 
     def asked(self, name: str) -> bool:
         """Whether a user or the environment gave the value."""
-        return self.why[name] in ("user", "ONEGRAPH_COMPILATION_CONFIG")
+        why = self.why[name]
+        return why in ("user", "ONEGRAPH_COMPILATION_CONFIG", "ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Default:
 ALWAYS: Mapping[str, Any] = {
     "passes": {},
     "extra_passes": (),
+    "check_passes": False,
     "eager_pieces": (),
     "compile_sizes": (),
     "compile_ranges": (),
@@ -106,13 +110,11 @@ ALWAYS: Mapping[str, Any] = {
 
 # What this version can't do yet: the values other than these are refused, with the reason.
 HONOURED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "extra_passes": (((),), "this version runs no passes of its own or of users"),
     "cudagraph_capture_sizes": (((),), "this version makes no recordings"),
     "cudagraph_check": ((), "this version makes no recordings"),
     "cudagraph_lazy": ((False,), "this version makes no recordings"),
     "cudagraph_debug": ((False,), "this version makes no recordings"),
     "on_memory_change": ((), "this version makes no recordings"),
-    "compile_cache_save_format": (("binary",), "this version keeps artifacts as binary only"),
 }
 
 
@@ -128,6 +130,7 @@ def resolve(
     _refuse_what_cant_be_done(given, rules)
     levels = _by_level(given, rules, enforce_eager)
     _refuse_contradictions(given, levels["mode"], enforce_eager)
+    _refuse_unpacking_nowhere(given, environment)
     values = {name: Default(value) for name, value in ALWAYS.items()} | levels | given
     values |= _autotuned(values, asked="autotune" in given)
     values["compile_sizes"] = _with_capture_sizes(values)
@@ -188,7 +191,7 @@ def _autotuned(values: Mapping[str, Default], *, asked: bool) -> dict[str, Defau
     tuning, options, mode = values["autotune"], values["inductor_compile_config"], values["mode"].value
     said = [value for name, value in options.value.items() if name in TUNING_OPTIONS]
     never = f"backend={values['backend'].value}" if values["backend"].value != "inductor" else ""
-    if mode not in (CompilationMode.DYNAMO_TRACE_ONCE, CompilationMode.ONEGRAPH):
+    if mode not in _CAPTURING:
         never = f"mode={mode.name}"
     if not asked and said:
         tuning = Default("record" if any(said) else "off", f"inductor_compile_config: {options.why}")
@@ -240,12 +243,30 @@ def _refuse_contradictions(given: Mapping[str, Default], mode: Default, enforce_
                     where="configuration",
                     hint="leave one of the two out",
                 )
+    for name in ("passes", "extra_passes", "check_passes"):
+        if name in given and given[name].value and mode.value not in _CAPTURING:
+            raise ConfigError(
+                f"mode={mode.value.name} ({mode.why}) captures no graph, and {name} ({given[name].why}) is about one",
+                where="configuration",
+                hint="leave one of the two out",
+            )
     backend = given.get("backend")
     if mode.value is CompilationMode.NONE and backend is not None and backend.value != "eager":
         raise ConfigError(
             f"mode=NONE ({mode.why}) compiles nothing, and backend={backend.value} ({backend.why}) asks for a compiler",
             where="configuration",
             hint="leave one of the two out, or give mode=ONEGRAPH too",
+        )
+
+
+def _refuse_unpacking_nowhere(given: Mapping[str, Default], environment: Environment) -> None:
+    save_format = given.get("compile_cache_save_format", Default("binary"))
+    if save_format.value == "unpacked" and environment.disable_compile_cache:
+        raise ConfigError(
+            f"compile_cache_save_format=unpacked ({save_format.why}) contradicts ONEGRAPH_DISABLE_COMPILE_CACHE=1: "
+            "artifacts are unpacked into the compile cache",
+            where="configuration",
+            hint="leave one of the two out",
         )
 
 
@@ -257,9 +278,6 @@ def _refuse_what_cant_be_done(given: Mapping[str, Default], rules: DeviceRules) 
                 where="configuration",
                 hint=f"leave {name} out",
             )
-    if "passes" in given:
-        for name in given["passes"].value:
-            raise ConfigError(f"there is no pass {name!r}", where="passes", hint="this version has no passes")
     asked = given.get("cudagraph_mode")
     if asked is not None and asked.value not in rules.cudagraph_modes:
         raise ConfigError(

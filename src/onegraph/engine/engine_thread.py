@@ -6,6 +6,7 @@ and the promise that every request that was taken is answered: by its outputs, o
 the engine itself fails, or when the engine is stopped.
 """
 
+import sys
 import threading
 import traceback
 from collections import deque
@@ -76,6 +77,14 @@ class EngineThread:
     def is_alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
+
+    @property
+    def is_in_debugger(self) -> bool:
+        """Whether it stands at a breakpoint of pdb's, or of a debugger made of pdb, where time is a person's."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        while frame is not None and frame.f_globals.get("__name__") not in ("bdb", "pdb"):
+            frame = frame.f_back
+        return frame is not None
 
     def start(self) -> None:
         """Starts the thread; returns at once."""

@@ -50,7 +50,7 @@ class Sampler:
             self._members = members
             self._asked = _Asked.by(members, vocab_size, logits.device)
         processed = self._process(logits)
-        best, token_ids = processed.max(dim=-1)  # NaN, if there is one
+        best, token_ids = torch.ops.onegraph.largest(processed)  # NaN, if there is one
         if self._asked.drawn:
             token_ids[self._asked.drawn_rows] = self._draw(processed)
         ranked: list[list[RankedToken] | None] = [None] * len(members)

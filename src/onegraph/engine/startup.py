@@ -6,8 +6,9 @@ stage took. This is the one place where an engine's model is compiled.
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -24,10 +25,13 @@ from onegraph.explanation import Explanation
 from onegraph.garbage import collected_later
 from onegraph.models import BUILTIN_MODEL, LoadedModel, load_model
 from onegraph.op_kernels import OpKernels, install_op_kernels, op_kernels_begun
+from onegraph.store.lookup import Lookup
 from onegraph.targets import describe_device, resolve_device, target_for
 
 WARM_UP_TOKENS = 16
 """Rows of the example that the model is captured on; any number would do, since sizes never reach the compiler."""
+
+NOT_ASKED = OpKernels(True, "off", "not asked for", 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +61,10 @@ class Started:
 
 
 @collected_later()
-def start_engine(config: EngineConfig) -> Started:
+def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
     """Loads, compiles (or loads what was compiled before) and assembles; shows bars where stderr is a terminal.
+
+    With a `lookup` nothing is compiled: it is asked what it has, and `explain` of what is made here tells.
 
     Errors: ConfigError, ModelError, and what compiling raises.
     """
@@ -72,13 +78,16 @@ def start_engine(config: EngineConfig) -> Started:
             trust_remote_code=config.trust_remote_code,
             progress=progress,
         )
-    target, store = target_for(device), api.open_store()
+    saved = None if config.artifact is None else api.open_saved(Path(config.artifact))
+    store = api.open_store() if lookup is None else lookup
+    target, store = target_for(device), store if saved is None else saved.store
     layers = [LayerKV(model.kv.num_kv_heads, model.kv.head_dim, model.kv.dtype)] * model.kv.num_layers
     limits = resolve_limits(
         config, model_len=model.max_model_len, layers=layers, available_bytes=target.available_bytes
     )
     loaded = time.perf_counter()
-    with _bar("compile", 5) as progress, op_kernels_begun(target, store):
+    begun = op_kernels_begun(target, store) if lookup is None else nullcontext()
+    with _bar("compile", 6) as progress, begun:
         compiled = api.compile(
             model.module,
             dynamic_shapes=model.module.dynamic_shapes(
@@ -88,7 +97,10 @@ def start_engine(config: EngineConfig) -> Started:
             enforce_eager=config.enforce_eager,
             name=model.name,
             own_module=True,
+            own_weights=True,
             observer=lambda stage, seconds, detail="": progress(stage, detail) if seconds is None else None,
+            lookup=lookup,
+            saved=saved,
         )
         engine = assemble_engine(
             compiled,
@@ -103,7 +115,7 @@ def start_engine(config: EngineConfig) -> Started:
         )
         engine.warm_up(min(WARM_UP_TOKENS, limits.max_num_batched_tokens))
         progress("attention kernel")
-        op_kernels = install_op_kernels(target, store)
+        op_kernels = NOT_ASKED if lookup is not None else install_op_kernels(target, store)
     return Started(
         engine, model, compiled, op_kernels, limits, config, device, loaded - began, time.perf_counter() - loaded
     )

@@ -16,6 +16,8 @@ def summarise(started: Started) -> str:
     explanation = started.explain()
     settings = {name: item["value"] for name, item in explanation.config.items()}
     start = explanation.start
+    is_indexed = explanation.index is not None and explanation.index.status == "hit"
+    made = "assemble" if start == "eager" else "load" if is_indexed else "capture and compile or load"
     total_s = started.load_s + started.compile_s
     lines = [
         f"model     {model.name}: {_count(model.num_parameters)} parameters, {_dtype(model.kv.dtype)}, "
@@ -24,8 +26,7 @@ def summarise(started: Started) -> str:
         f"KV cache  {limits.kv_cache}",
         f"limits    {limits.max_model_len} tokens a text, {limits.max_num_seqs} sequences and "
         f"{limits.max_num_batched_tokens} tokens a step",
-        f"start     {start}, {total_s:.1f} s (weights {started.load_s:.1f} s, "
-        f"{'assemble' if start == 'eager' else 'capture and compile or load'} {started.compile_s:.1f} s)",
+        f"start     {start}, {total_s:.1f} s (weights {started.load_s:.1f} s, {made} {started.compile_s:.1f} s)",
         f"cache     {_cache()}",
         f"attention {_attention(started.op_kernels)}",
     ]
@@ -50,7 +51,10 @@ def _cache() -> str:
     store = open_store()
     if store is None:
         return f"off ({environment().cache_root} can't be written)"
-    return f"{environment().cache_root}, {_size(store.size_bytes())}"
+    base = "" if store.base is None else f", over {store.base}, which is only read"
+    if not store.keeps:
+        return f"{store.root} can't be written{base}"
+    return f"{store.root}, {_size(store.size_bytes())}{base}"
 
 
 def _dtype(dtype: object) -> str:

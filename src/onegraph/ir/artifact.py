@@ -152,3 +152,5 @@ class CompiledPiece:
     """What its ops were lowered to, with the reasons."""
     autotuned: tuple[TunedChoice, ...] = ()
     """The kernels that were chosen by measuring."""
+    edited: bool = False
+    """Whether it runs code that somebody has edited: it computes what it likes, and is never recorded."""

@@ -64,6 +64,8 @@ class CapturedGraph(FlatGraph):
     """How the ledger's entries of Python state are checked."""
     make_callable: Callable[[Callable[..., Any]], Callable[..., Any]]
     bind_entry: Callable[[Sequence[tuple[str | None, Callable[..., Any]]]], Callable[..., Any]]
+    record: Callable[[CapturedGraph], Any]
+    """Gives the trace as data for other processes, a `capture.trace_record.TraceRecord`; raises NotPortableError."""
     fixed: Mapping[str, int]
     """Declared dims that this graph has as constants."""
     num_ops: int

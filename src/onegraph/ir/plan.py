@@ -22,7 +22,8 @@ class PlanCall:
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """`inputs` are the graph's placeholders (weights, sizes, tensors) in order; `results` its outputs.
+    """`inputs` are the graph's placeholders in order (weights, sizes, tensors), with the merged weights after the
+    weights; `results` its outputs.
 
     A result is the name of a value, or a constant that isn't a string. `size` is an expression over the inputs for
     the size of the first declared dim; None where there is no such dim.

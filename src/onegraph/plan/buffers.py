@@ -12,7 +12,6 @@ from onegraph.ir.artifact import PieceCallable, PreparedPiece
 from onegraph.ir.graph import FlatGraph
 from onegraph.ir.plan import BufferPlan, ExecutionPlan, PlannedBuffer
 from onegraph.plan.memory import MemoryPlan, Places, num_bytes, place, plan_memory, size_names, sizes_of
-from onegraph.torch_compat.shapes import is_plain_symbol
 
 
 def buffer_plan(plan: ExecutionPlan, pieces: Sequence[PieceCallable], captured: FlatGraph) -> BufferPlan | None:
@@ -65,7 +64,10 @@ def buffer_lines(plan: BufferPlan) -> list[str]:
 
 def largest_sizes(names: Sequence[str], captured: FlatGraph, plan: ExecutionPlan) -> dict[str, int] | None:
     """What the expressions `names` over the plan's inputs are at most; None where a dim isn't declared."""
-    inputs = dict(zip(plan.inputs, captured.fake_inputs, strict=True))
+    from onegraph.torch_compat.shapes import is_plain_symbol  # imports sympy, which showing a plan doesn't need
+
+    names_in = (node.name for node in captured.graph_module.graph.find_nodes(op="placeholder"))
+    inputs = dict(zip(names_in, captured.fake_inputs, strict=True))
     most = {dim.name: dim.max for dim in captured.dims}
     found: dict[str, int] = {}
     for name in names:

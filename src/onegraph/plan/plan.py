@@ -5,18 +5,22 @@ Takes a SplitGraph. Gives an ExecutionPlan, which is data: the runtime is printe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from onegraph.ir.graph import FlatGraph
 from onegraph.ir.piece import Piece, SplitGraph
 from onegraph.ir.plan import ExecutionPlan, PlanCall
+from onegraph.ir.weights import MergedWeight
 from onegraph.torch_compat import shapes
 
 
-def plan_calls(split: SplitGraph) -> ExecutionPlan:
-    """One call for each piece; a value ends with the last call that uses it, unless it is a result."""
+def plan_calls(split: SplitGraph, num_weights: int = 0, merged: Sequence[MergedWeight] = ()) -> ExecutionPlan:
+    """One call for each piece; a value ends with the last call that uses it, unless it is a result.
+
+    The merged weights are further inputs, after the graph's own `num_weights` first ones.
+    """
     names = tuple(node.name for node in split.whole.graph_module.graph.find_nodes(op="placeholder"))
     symbols = _symbols(split.whole, names)
     last_use: dict[str, int] = {}
@@ -31,7 +35,8 @@ def plan_calls(split: SplitGraph) -> ExecutionPlan:
         frees = tuple(name for name in ends if name in made and name not in kept)
         comment = ", ".join(part for part in (piece.kind, piece.why or piece.module_path) if part)
         calls.append(PlanCall(piece.index, piece.inputs, piece.outputs, frees, comment, dict(_sizes(piece, symbols))))
-    return ExecutionPlan(names, tuple(calls), split.results, _size(split.whole, symbols), symbols)
+    inputs = (*names[:num_weights], *(one.name for one in merged), *names[num_weights:])
+    return ExecutionPlan(inputs, tuple(calls), split.results, _size(split.whole, symbols), symbols)
 
 
 def _sizes(piece: Piece, symbols: Mapping[str, str]) -> Iterator[tuple[str, str]]:

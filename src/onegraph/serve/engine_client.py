@@ -31,7 +31,7 @@ from onegraph.serve.settings import ServeSettings
 STEP_TIMEOUT_S = 30.0
 """How long the end of the engine's thread is waited for: a step ends soon."""
 LOAD_TIMEOUT_S = 0.5
-"""The same while the model is loaded and compiled, which may take minutes."""
+"""The same while the model is loaded and compiled, or a debugger waits for somebody, which may take minutes."""
 
 T = TypeVar("T")
 
@@ -45,8 +45,8 @@ class Job:
         self._running: dict[str, int] = {}  # request id -> place of its prompt
         self._last_s: dict[str, float] = {}  # of requests that had an output
         self._num_tokens: Counter[str] = Counter()  # of a request's longest sample
-        self._timer = asyncio.get_running_loop().call_later(deadline_s, self._expire, deadline_s)
         self._closed = False
+        self._limit(deadline_s)
         self.arrived_s = time.monotonic()
         self.n = n
 
@@ -100,7 +100,12 @@ class Job:
         self._client.release(self._running, self.n)
         self._running.clear()
 
+    def _limit(self, deadline_s: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(deadline_s, self._expire, deadline_s)
+
     def _expire(self, deadline_s: float) -> None:
+        if self._client.thread.is_in_debugger:
+            return self._limit(deadline_s)  # its time begins anew
         self._outputs.put_nowait(
             ApiError(504, f"the request wasn't done within {deadline_s:g} s (--request-timeout-s)")
         )
@@ -204,8 +209,12 @@ class EngineClient:
             self._num_sequences -= n
 
     async def stop(self) -> bool:
-        """Ends the engine's thread, answering what is in flight with an error; False if it compiles and can't end."""
-        timeout_s = STEP_TIMEOUT_S if self.thread.started is not None else LOAD_TIMEOUT_S
+        """Ends the engine's thread, answering what is in flight with an error.
+
+        False if it compiles, or is debugged, and can't end.
+        """
+        is_quick = self.thread.started is not None and not self.thread.is_in_debugger
+        timeout_s = STEP_TIMEOUT_S if is_quick else LOAD_TIMEOUT_S
         ended = await asyncio.to_thread(self.thread.stop, timeout_s)
         self._loop = None
         self._tokenizing.shutdown(wait=False, cancel_futures=True)

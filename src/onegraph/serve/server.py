@@ -128,11 +128,16 @@ class Server:
         self._told("ready", {"url": self.url, "models": list(self.names), "started": started})
 
     async def _drain(self, http: uvicorn.Server, serving: asyncio.Task[None]) -> None:
-        """Takes no new requests, and waits for those in flight; after the time for that they end with an error."""
+        """Takes no new requests, and waits for those in flight; after the time for that they end with an error.
+
+        Time at a breakpoint doesn't count.
+        """
         self._told("draining", {"in_flight": self.client.num_requests, "timeout_s": self._settings.drain_timeout_s})
         self.client.thread.drain()
         http.should_exit = True
         done, _ = await asyncio.wait({serving}, timeout=self._settings.drain_timeout_s)
+        while not done and self.client.thread.is_in_debugger:
+            done, _ = await asyncio.wait({serving}, timeout=self._settings.drain_timeout_s)
         if not done:
             await self.client.stop()
             await asyncio.wait({serving}, timeout=GRACE_S)

@@ -14,14 +14,11 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from onegraph.ir.fx_nodes import value_of
+from onegraph.ir.fx_nodes import changes_layout, value_of
 from onegraph.torch_compat import shapes
 
 _ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "zeros", "zeros_like", "new_zeros",
                           "ones", "ones_like", "new_ones", "full", "full_like", "new_full"})  # fmt: skip
-
-_CHANGES_METADATA = frozenset({"t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "resize_",
-                               "resize_as_", "set_", "as_strided_"})  # fmt: skip
 
 
 def normalise(graph_module: torch.fx.GraphModule) -> None:
@@ -128,7 +125,7 @@ def _unify_sizes(graph: Graph) -> None:
 
 def _sink_allocations(graph: Graph) -> None:
     """New memory is made right before its first use: a buffer for each layer, made in front, makes layers unequal."""
-    if any(node.op == "call_method" and node.target in _CHANGES_METADATA for node in graph.nodes):
+    if any(map(changes_layout, graph.nodes)):
         return  # `empty_like(x)` would ask for another shape later on
     order = {node: number for number, node in enumerate(graph.nodes)}
     for node in reversed(list(graph.nodes)):

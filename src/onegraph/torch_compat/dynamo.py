@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import dis
 import logging
+import operator
 import threading
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -35,13 +36,15 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from onegraph.garbage import collected_later
+from onegraph.ir.traced import FoldedCall, GuardFact, Residual, UsedBuiltin
 from onegraph.torch_compat.effects import Effect, effects
-from onegraph.torch_compat.folds import FoldedCall, folded_calls
-from onegraph.torch_compat.guards import GuardFact, guard_facts
+from onegraph.torch_compat.folds import folded_calls
+from onegraph.torch_compat.guards import guard_facts
 from onegraph.torch_compat.identity import Identities, identities
-from onegraph.torch_compat.lookups import UsedBuiltin, lookups
+from onegraph.torch_compat.lookups import lookups
 from onegraph.torch_compat.shapes import RawCondition, asserted_while_tracing, declared_symbols, inferred_strides
 from onegraph.torch_compat.tensor_questions import tensor_questions
+from onegraph.torch_compat.traced_function import python_callable, traced_function
 
 COMPILE_LOCK = threading.RLock()
 """Held while torch compiles anything for us: Dynamo, Inductor and torch's config are not thread-safe together."""
@@ -61,9 +64,9 @@ class ChangedState:
 @dataclass(frozen=True)
 class RawCapture:
     """What Dynamo found. `sources` gives, for each placeholder, where residual code takes its value from; `asked` are
-    facts beside the guards, about tensors; `globals_read` is the `G` of the guards' expressions; `stored_attributes`
-    are the names of the attributes that residual code sets, of whatever object; `guards` hold what tracing looked up
-    in vain, too.
+    facts beside the guards, about tensors; `globals_read` is the `G` of the guards' expressions, and `modules` are
+    those that Dynamo put there under names of its own; `stored_attributes` are the names of the attributes that
+    residual code sets, of whatever object; `guards` hold what tracing looked up in vain, too.
     """
 
     graph_module: torch.fx.GraphModule
@@ -76,7 +79,8 @@ class RawCapture:
     folded: tuple[FoldedCall, ...]
     identities: Identities
     traced_code: tuple[types.CodeType, ...]
-    make_callable: Callable[[Callable[..., Any]], Callable[..., Any]]
+    residual: Residual
+    modules: Mapping[str, str]
     stored_globals: tuple[str, ...]
     stored_attributes: frozenset[str]
     changed_state: tuple[ChangedState, ...]
@@ -168,8 +172,9 @@ def capture(
         patches["allow_unspec_int_on_nn_module"] = True
         compiler_patches["unbacked_sources"] = ",".join(unbacked)
     known = {key: value for key, value in patches.items() if hasattr(dynamo.config, key)}
-    frame = convert_frame._get_frame(_python_callable(function), args, kwargs)
-    traced_globals = traced_function(function)[0].__globals__
+    frame = convert_frame._get_frame(python_callable(function), args, kwargs)
+    traced, _ = traced_function(function)
+    names_before = set(traced.__globals__)
     with (
         warnings.catch_warnings(),
         dynamo.config.patch(known),
@@ -190,15 +195,7 @@ def capture(
     if backend_input is None:
         raise Unsupported("there is no tensor operation in the traced function")
     # Dynamo leaves its graph, with all weights on it, in the globals of the traced function.
-    traced_globals.pop(backend_input.backend_id, None)
-    environment = graph_output.get_runtime_env()
-
-    def make_callable(run: Callable[..., Any]) -> Callable[..., Any]:
-        residual: Callable[..., Any] = environment.forward_callable(
-            backend_input.backend_id, run, extra_globals=traced_globals
-        )
-        return residual
-
+    traced.__globals__.pop(backend_input.backend_id, None)
     index_to_source = graph_output.output_graph.export_metadata.graph_input_idx_to_local_source
     placeholders = [n for n in backend_input.graph_module.graph.nodes if n.op == "placeholder"]
     guards = (*guard_facts(graph_output.output_graph.guards), *looked_up.absent)
@@ -215,12 +212,35 @@ def capture(
         folded=tuple(folded),
         identities=decided,
         traced_code=tuple(graph_output.traced_code),
-        make_callable=make_callable,
+        modules={
+            name: value.__name__
+            for name, value in traced.__globals__.items()
+            if name not in names_before and isinstance(value, types.ModuleType)
+        },
+        residual=_residual(graph_output.get_runtime_env(), backend_input.backend_id, traced, names_before),
         stored_globals=_stored_globals(graph_output.bytecode),
         stored_attributes=frozenset(_stored_attributes(graph_output.bytecode)),
         changed_state=tuple(dict.fromkeys(_changed_state(graph_output.bytecode, guards, written))),
         effects=tuple(written),
         builtins=tuple(looked_up.builtins),
+    )
+
+
+def _residual(environment: Any, graph: str, traced: types.FunctionType, names_before: set[str]) -> Residual:
+    used = {str(i.argval) for i in dis.get_instructions(environment.bytecode) if i.opname == "LOAD_GLOBAL"}
+    installed = {**environment.used_globals, **traced.__globals__}
+    imports = dict(environment.import_sources)
+    same = environment.closure is None or all(map(operator.is_, environment.closure, traced.__closure__ or ()))
+    return Residual(
+        code=environment.bytecode,
+        graph=graph,
+        globals_used=tuple(sorted(used - {graph})),
+        imports=imports,
+        installed={name: installed[name] for name in sorted((used & installed.keys()) - names_before - imports.keys())},
+        argdefs=environment.argdefs,
+        kwdefaults=getattr(environment, "kwdefaults", None),
+        closure=environment.closure,
+        foreign_closure=not same,
     )
 
 
@@ -305,26 +325,6 @@ def explain_failure(error: BaseException) -> CaptureFailure:
         condition=condition,
         symbols=symbols,
     )
-
-
-def traced_function(callable_: Any) -> tuple[types.FunctionType, Any]:
-    """The Python function that `capture` would trace for a module, method or function, and its `self` or None."""
-    function, owner = convert_frame.get_traced_fn(_python_callable(callable_))
-    return function, owner
-
-
-def _python_callable(callable_: Any) -> Any:
-    """The callable, or its `__call__` where Dynamo finds no Python function in it: an object, a partial as forward."""
-    if isinstance(callable_, torch.nn.Module):
-        return callable_ if _is_python(callable_.forward) else callable_.__call__
-    if isinstance(callable_, type) or _is_python(callable_):
-        return callable_
-    called = getattr(callable_, "__call__", None)  # noqa: B004 - its value is what is asked for
-    return called if _is_python(called) else callable_
-
-
-def _is_python(callable_: Any) -> bool:
-    return isinstance(getattr(callable_, "__func__", callable_), types.FunctionType)
 
 
 def current_fake_mode() -> Any:

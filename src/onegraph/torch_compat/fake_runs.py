@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -67,6 +67,11 @@ def run_on_fakes(function: Callable[..., Any], args: Any, kwargs: Any, sizes: Si
     with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         args, kwargs = tree_map(at_sizes, (args, kwargs))
         return function(*args, **kwargs)
+
+
+def mode_of(values: Iterable[Any], otherwise: Any) -> Any:
+    """The mode in which fake values were traced. Dynamo gives its backend another one, which refuses them."""
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), otherwise)
 
 
 def bind_symbols(fake: Any, real: Any, sizes: dict[Any, int]) -> None:

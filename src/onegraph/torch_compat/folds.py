@@ -10,19 +10,17 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch._dynamo.variables import builtin, functions, nn_module
 from torch._dynamo.variables import torch as torch_variables
 from torch._guards import TracingContext
 
+from onegraph.ir.traced import FoldedCall, FoldKind
 from onegraph.torch_compat.shapes import is_torch_file
-
-FoldKind = Literal["declared", "state", "installation"]
 
 _PURE_IN_TORCH = frozenset(
     {
@@ -36,23 +34,6 @@ _PURE_IN_TORCH = frozenset(
 )
 _OF_THE_INSTALLATION = (importlib.util.find_spec, importlib.metadata.version)
 _STATE_OF_SYS = frozenset({"getrecursionlimit", "get_int_max_str_digits"})
-
-
-@dataclass(frozen=True)
-class FoldedCall:
-    """One call and its result.
-
-    `kind` says what the result depends on: `declared` on what only the user knows, who marked the function as
-    constant; `state` on state of torch or of the interpreter, which may change in a process; `installation` on
-    the installed packages. `user` is the `file:line` of the call.
-    """
-
-    kind: FoldKind
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    result: Any
-    user: str | None
 
 
 @contextmanager

@@ -6,29 +6,13 @@ installed anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch._dynamo.guards as dynamo_guards
 
+from onegraph.ir.traced import GuardFact
 from onegraph.torch_compat.shapes import is_torch_file
-
-
-@dataclass(frozen=True)
-class GuardFact:
-    """A guard that Dynamo would have installed.
-
-    `name` is a Python expression over `L` (the traced function's locals), `G` (its globals) and the functions of
-    `expression_scope`; empty for torch's global state. `kind` is the name of Dynamo's check, `keywords` what it
-    was given (`attr`, `key`), `user` the `file:line` that read the
-    value, outside of torch if there is one.
-    """
-
-    name: str
-    kind: str
-    user: str | None
-    keywords: Mapping[str, Any]
 
 
 def guard_facts(guards: Any) -> Iterator[GuardFact]:

@@ -16,19 +16,11 @@ from torch._dynamo.variables import builder, builtin
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._guards import TracingContext
 
+from onegraph.ir.traced import Places
 from onegraph.torch_compat.shapes import is_torch_file
 
 _HASH = "hash_impl" if hasattr(TensorVariable, "hash_impl") else "get_python_hash"
 """Torch 2.11's name for what hashes a traced tensor is the second."""
-
-
-@dataclass(frozen=True)
-class Places:
-    """Two places as the sources of guards; `user` is the `file:line` of the traced code."""
-
-    left: str
-    right: str
-    user: str | None
 
 
 @dataclass(frozen=True)

@@ -31,16 +31,6 @@ from onegraph.torch_compat.shapes import RawCondition, dense_order, squeezed_siz
 from onegraph.torch_compat.toolchain import toolchain_as_declared
 from onegraph.torch_compat.view_places import view_place
 
-_HOOKS = (
-    "pre_grad_custom_pass",
-    "joint_custom_pre_pass",
-    "joint_custom_post_pass",
-    "post_grad_custom_pre_pass",
-    "post_grad_custom_post_pass",
-    "_pre_fusion_custom_pass",
-    "_post_fusion_custom_pass",
-)
-
 _FIRST_PASS = "joint_custom_pre_pass"
 ALIGNMENT: int = inductor_utils.ALIGNMENT
 """Bytes: what kernels for GPUs take for granted of inputs' addresses, where the traced inputs had it."""
@@ -352,22 +342,6 @@ def portable_config(options: dict[str, Any]) -> dict[str, Any]:
         inductor = torch._inductor.config.save_config_portable()
     functorch = torch._functorch.config.save_config_portable()
     return {"inductor": _plain(inductor), "functorch": _plain(functorch)}
-
-
-def hook_identities() -> dict[str, Any] | str:
-    """The uuids of custom passes that users hung into Inductor, or why one has no identity."""
-    found: dict[str, Any] = {}
-    for name in _HOOKS:
-        hook = getattr(torch._inductor.config, name, None)
-        for item in hook if isinstance(hook, list | tuple) else [hook]:
-            if item is None:
-                continue
-            uuid = item.uuid() if hasattr(item, "uuid") else None
-            if uuid is None:
-                return f"inductor.config.{name} has no uuid(), so what it does can't be part of a key"
-            text = uuid.hex() if isinstance(uuid, bytes) else str(uuid)
-            found.setdefault(name, []).append(text)
-    return found
 
 
 def _plain(value: Any) -> Any:

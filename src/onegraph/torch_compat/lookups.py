@@ -8,7 +8,7 @@ would hide a builtin.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,20 +21,11 @@ from torch._dynamo.variables.misc import PythonModuleVariable
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 from torch._guards import TracingContext
 
-from onegraph.torch_compat.guards import GuardFact
+from onegraph.ir.traced import GuardFact, UsedBuiltin
 from onegraph.torch_compat.shapes import is_torch_file
 
 _GETATTR = "generic_getattr" if hasattr(UserDefinedObjectVariable, "generic_getattr") else "var_getattr"
 """Torch 2.11 has no generic_getattr: the look-up stands in var_getattr itself."""
-
-
-@dataclass(frozen=True)
-class UsedBuiltin:
-    """A builtin that traced code named, and the globals of this code, which don't hide it."""
-
-    name: str
-    globals_read: Mapping[str, Any]
-    user: str
 
 
 @dataclass(frozen=True)

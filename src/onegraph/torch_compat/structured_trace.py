@@ -12,9 +12,14 @@ from typing import Any
 from torch._logging._internal import trace_log, trace_structured
 
 
+def trace_is_written() -> bool:
+    """Whether anybody asked for a trace: torch has a handler in any case, and tells by its folder."""
+    return any(getattr(handler, "root_dir", "") is not None for handler in trace_log.handlers)
+
+
 def trace_text(name: str, text: Callable[[], str]) -> None:
     """Adds a text artifact `onegraph_<name>`; `text` is only called while a trace is being written."""
-    if trace_log.handlers:
+    if trace_is_written():
         trace_structured(
             "artifact",
             metadata_fn=lambda: {"name": f"onegraph_{name}", "encoding": "string"},
@@ -24,7 +29,7 @@ def trace_text(name: str, text: Callable[[], str]) -> None:
 
 def trace_json(name: str, facts: Callable[[], Any]) -> None:
     """Adds a JSON artifact `onegraph_<name>`."""
-    if trace_log.handlers:
+    if trace_is_written():
         trace_structured(
             "artifact",
             metadata_fn=lambda: {"name": f"onegraph_{name}", "encoding": "json"},

@@ -15,7 +15,7 @@ import torch
 from torch._dynamo.variables.tensor import TensorVariable
 from torch._guards import TracingContext
 
-from onegraph.torch_compat.guards import GuardFact
+from onegraph.ir.traced import GuardFact
 from onegraph.torch_compat.shapes import is_torch_file
 
 _ATTRIBUTES = frozenset({"requires_grad", "is_leaf", "grad_fn", "retains_grad", "output_nr", "name"})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import platform
 import shlex
 import subprocess
 import warnings
@@ -78,26 +77,3 @@ def compile_command(sources: list[str], name: str, output_dir: Path) -> tuple[li
         )
         builder = cpp_builder.CppBuilder(name=name, sources=sources, BuildOption=options, output_dir=str(output_dir))
     return shlex.split(builder.get_command_line()), Path(builder.get_target_file_path())
-
-
-def flag_settings() -> dict[str, str]:
-    """The settings of Inductor that `compile_command` derives its flags from. Runs no compiler."""
-    settings = torch._inductor.config.get_config_copy()
-    return {name: repr(value) for name, value in settings.items() if name.startswith(("cpp.", "aot_inductor."))}
-
-
-def cpu_flags() -> str:
-    """What the CPU can do, as the system's kernel lists it: code is built for the native CPU."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.machine()
-    for line in text.splitlines():
-        if line.startswith(("flags", "Features")):
-            return " ".join(sorted(line.split(":", 1)[1].split()))
-    return platform.machine()
-
-
-def tensor_data_pointer_function() -> int:
-    """The address of torch's C function from a Python tensor to its data pointer."""
-    return int(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr)  # type: ignore[attr-defined]

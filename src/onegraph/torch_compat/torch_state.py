@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.utils._device
 
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 """Sets this thread's grad mode, at a tenth of what the context manager `torch.no_grad` costs."""

@@ -71,12 +71,14 @@ def test_generation_is_timed_after_the_same_work(tmp_path: Path, monkeypatch: py
         return len(prompts) * num_tokens
 
     closed: list[bool] = []
-    fake = worker.Engine(generate, lambda: {"threads": 3, "graphs": len(compiled)}, lambda: closed.append(True))
+    fake = worker.Engine(
+        generate, lambda: {"threads": 3, "graphs": len(compiled), "peak_rss_mib": 7}, lambda: closed.append(True)
+    )
     monkeypatch.setitem(worker.ENGINES, "fake", lambda model: fake)
     run = worker.main("fake", str(tmp_path), Workload("w", 6, 8, 10, "filled", "generate"), 0.0)
     assert calls == [(6, 10), (6, 10)]
     assert run["compiled_while_timed"] == 0 and run["tokens"] == 60
-    assert run["threads"] == 3 and run["dtype"] == "bfloat16" and closed == [True]
+    assert run["threads"] == 3 and run["peak_rss_mib"] == 7 and run["dtype"] == "bfloat16" and closed == [True]
 
 
 def test_seconds_that_hold_compiling_are_refused() -> None:

@@ -59,7 +59,7 @@ def entries() -> tuple[Callable[..., Any], Callable[..., Any]]:
     made = []
     for fast in (contract_module.fast_path, lambda *args: None):
         with mock.patch.object(contract_module, "fast_path", fast):
-            contract = input_contract(inputs, {}, {}, lambda size: 16)
+            contract = input_contract(inputs, {}, lambda size: 16)
             made.append(contract.bind([(None, model)]))
     return made[0], made[1]
 
@@ -157,4 +157,4 @@ def test_an_argument_whose_name_the_checks_use_is_refused(name: str) -> None:
     exec(f"def model({name}): pass", namespace)
     inputs = read_call(call_signature(namespace["model"]), (torch.ones(2),), {}, None, 64)
     with pytest.raises(CaptureError, match=name):
-        input_contract(inputs, {}, {}, lambda size: 1)
+        input_contract(inputs, {}, lambda size: 1)

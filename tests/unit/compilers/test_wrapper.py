@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from onegraph.compilers.inductor import _with_aligned_inputs
+from onegraph.compilers.loading import _with_aligned_inputs
 from onegraph.compilers.wrapper import put_together, take_apart
 from onegraph.errors import CompileError
 from onegraph.ir.target import KernelSource
+from onegraph.ops.library import OutFunctions
 
 WRAPPER = '''
 from torch._inductor.async_compile import AsyncCompile
@@ -44,7 +45,8 @@ KERNELS = (
 
 def test_kernels_become_look_ups(tmp_path: Path) -> None:
     source = take_apart(WRAPPER, KERNELS)
-    names = put_together(tmp_path / "wrapper.py", source, {kernel.name: kernel.function for kernel in KERNELS}, {})
+    functions = {kernel.name: kernel.function for kernel in KERNELS}
+    names = put_together(tmp_path / "wrapper.py", source, functions, OutFunctions("CPU"), {})
     assert names["call"]([]) == ("triton_poi_0", "kernel", "my_kernel")
 
 

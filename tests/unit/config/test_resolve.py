@@ -110,12 +110,18 @@ def test_objects_are_merged_key_by_key() -> None:
 
 
 def test_the_save_format_variable() -> None:
-    with pytest.raises(ConfigError, match=r"compile_cache_save_format=unpacked \(ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT\)"):
-        resolve(
-            CompilationConfig(),
-            rules=CPU,
-            environment=replace(environment(), compile_cache_save_format="unpacked"),
-        )
+    asked = replace(environment(), compile_cache_save_format="unpacked")
+    config = resolve(CompilationConfig(), rules=CPU, environment=asked)
+    assert config.compile_cache_save_format == "unpacked"
+    assert config.why["compile_cache_save_format"] == "ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT"
+    assert config.asked("compile_cache_save_format")
+
+
+def test_nothing_can_be_unpacked_into_a_cache_that_is_off() -> None:
+    off = replace(environment(), disable_compile_cache=True)
+    with pytest.raises(ConfigError, match="unpacked .user. contradicts ONEGRAPH_DISABLE_COMPILE_CACHE=1"):
+        resolve(CompilationConfig(compile_cache_save_format="unpacked"), rules=CPU, environment=off)
+    assert resolve(CompilationConfig(compile_cache_save_format="binary"), rules=CPU, environment=off)
 
 
 @pytest.mark.parametrize(
@@ -170,20 +176,17 @@ def test_what_says_the_same_is_no_contradiction() -> None:
 
 
 REFUSED: list[dict[str, Any]] = [
-    {"extra_passes": ["module:Class"]},
-    {"passes": {"fuse_add": False}},
     {"cudagraph_mode": "PIECEWISE"},
     {"cudagraph_capture_sizes": [1, 2]},
     {"cudagraph_check": "always"},
     {"cudagraph_lazy": True},
     {"cudagraph_debug": True},
     {"on_memory_change": "rerecord"},
-    {"compile_cache_save_format": "unpacked"},
 ]
 
 
 def test_the_list_of_what_is_refused_is_whole() -> None:
-    assert {name for fields in REFUSED for name in fields} == set(HONOURED) | {"passes", "cudagraph_mode"}
+    assert {name for fields in REFUSED for name in fields} == set(HONOURED) | {"cudagraph_mode"}
 
 
 @pytest.mark.parametrize("fields", REFUSED, ids=lambda fields: next(iter(fields)))
@@ -191,7 +194,7 @@ def test_what_this_version_cannot_do_is_refused_when_asked(fields: dict[str, Any
     name = next(iter(fields))
     with pytest.raises(ConfigError, match="can't be honoured|there is no pass") as caught:
         resolved(fields)
-    assert name in str(caught.value) or name == "passes"
+    assert name in str(caught.value)
     with pytest.raises(ConfigError):
         resolved(env=fields)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
+import pdb
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -233,3 +237,30 @@ def test_waiting_for_an_engine_that_is_not_ready_ends() -> None:
     assert not thread.stop(0.05)
     load.set()
     assert thread.stop()
+
+
+def test_it_says_that_it_stands_at_a_breakpoint() -> None:
+    reader, writer = os.pipe()
+    engine, _ = make_engine()
+    answers = Answers()
+    with open(reader) as typed, open(writer, "w") as keyboard:
+
+        def deliver(outputs: list[RequestOutput]) -> None:
+            pdb.Pdb(stdin=typed, stdout=io.StringIO(), nosigint=True).set_trace()
+            answers(outputs)
+
+        thread = EngineThread(lambda: SimpleNamespace(engine=engine), deliver=deliver)  # type: ignore[arg-type, return-value]
+        assert not thread.is_in_debugger
+        thread.start()
+        thread.wait_ready(30)
+        assert not thread.is_in_debugger
+        thread.submit("a", [1, 2, 3], greedy(2))
+        until = time.monotonic() + 30
+        while not thread.is_in_debugger and time.monotonic() < until:
+            time.sleep(0.01)
+        assert thread.is_in_debugger
+        keyboard.write("c\n")
+        keyboard.flush()
+        answers.wait("a")
+        assert not thread.is_in_debugger
+        assert thread.stop()

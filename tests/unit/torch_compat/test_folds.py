@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
+from onegraph.ir.traced import FoldedCall
 from onegraph.torch_compat import dynamo
-from onegraph.torch_compat.folds import FoldedCall
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[attr-defined]

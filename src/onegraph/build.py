@@ -1,0 +1,66 @@
+"""A build: taken from the index, where an earlier process left one that is right here, or traced and compiled.
+
+The index is looked at first, and without what tracing needs: Dynamo and Inductor take seconds to import.
+"""
+
+from __future__ import annotations
+
+from onegraph.build_call import BuildCall, SavedBuild
+from onegraph.compiled import Built
+from onegraph.config.resolve import ResolvedConfig
+from onegraph.errors import ArtifactError
+from onegraph.explanation import Explanation
+from onegraph.ir.key import Key, Unkeyable
+from onegraph.ir.ledger import Ledger
+from onegraph.store.index import Miss
+from onegraph.store.nearest import differences
+from onegraph.warm_start import from_index, index_key
+
+
+def build(call: BuildCall) -> Built:
+    """Compiles the module for all calls like the given one, at any size in the declared ranges.
+
+    Raises what the stages raise; a failed build leaves nothing behind but finished artifacts.
+    """
+    key = index_key(call)
+    if call.saved is not None:
+        _refuse_other(call.saved, key)
+    if isinstance(key, Unkeyable):
+        return _traced(call, key)
+    found = from_index(
+        call, key.digest, lambda again: _traced(again, Unkeyable("a piece falls back to eager, which needs its graph"))
+    )
+    if not isinstance(found, Miss):
+        return found
+    if call.saved is not None:
+        raise _other_than(call.saved, str(found))
+    return _traced(call, key, str(found))
+
+
+def _refuse_other(saved: SavedBuild, key: Key | Unkeyable) -> None:
+    """Raises ArtifactError for a configuration or a machine that the saved build isn't for."""
+    if isinstance(key, Unkeyable):
+        raise _other_than(saved, key.reason)
+    differs = list(differences(saved.factors, key.factors))
+    if differs:
+        more = f", and {len(differs) - 3} more" if len(differs) > 3 else ""
+        raise _other_than(saved, "; ".join(map(str, differs[:3])) + more)
+
+
+def _other_than(saved: SavedBuild, why: str) -> ArtifactError:
+    return ArtifactError(
+        f"{saved.file} isn't for this module, call or machine: {why}",
+        where=saved.file,
+        hint="save it again here, or use onegraph.compile, which traces and compiles anew",
+    )
+
+
+def _traced(call: BuildCall, key: Key | Unkeyable, why: str = "") -> Built:
+    from onegraph.pipeline import trace_and_compile  # takes seconds to import
+
+    return trace_and_compile(call, key, why)
+
+
+def empty_explanation(name: str, config: ResolvedConfig) -> Explanation:
+    """What can be said before the first call, or of a mode that compiles nothing of ours."""
+    return Explanation(model=name, config=config.to_dict(), ledger=Ledger())
