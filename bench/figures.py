@@ -53,6 +53,7 @@ def figures(workload: Workload, runs: list[Run]) -> dict[str, Any]:
     elif good:
         found["tokens_per_s"] = summary([run["tokens"] / run["seconds"] for run in good])
         found["ms_per_token"] = summary([1000 * run["seconds"] * workload.num_requests / run["tokens"] for run in good])
+        found["peak_rss_mib"] = [run["peak_rss_mib"] for run in good if "peak_rss_mib" in run]
     return found
 
 

@@ -36,10 +36,13 @@ def graphs_compiled() -> int:
 
 
 def state_here() -> dict[str, int]:
-    """Torch's threads in this process, and the graphs that it has compiled so far."""
+    """Torch's threads in this process, the graphs that it has compiled so far, and the most memory that it has had."""
+    import resource
+
     import torch
 
-    return {"threads": torch.get_num_threads(), "graphs": graphs_compiled()}
+    most_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"threads": torch.get_num_threads(), "graphs": graphs_compiled(), "peak_rss_mib": most_kib // 1024}
 
 
 @dataclass(frozen=True)
@@ -179,11 +182,13 @@ def timed(running: Engine, workload: Workload, prompts: list[list[int]], started
     began = time.perf_counter()
     tokens = running.generate(prompts, workload.output_len)
     seconds = time.perf_counter() - began
+    after = running.state()
     return {
         "seconds": seconds,
         "tokens": tokens,
-        "compiled_while_timed": running.state()["graphs"] - before["graphs"],
+        "compiled_while_timed": after["graphs"] - before["graphs"],
         "threads": before["threads"],
+        "peak_rss_mib": after["peak_rss_mib"],
     }
 
 
