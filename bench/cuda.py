@@ -103,7 +103,10 @@ def compiled_model(flat: Any, name: str, example: dict[str, Any], max_blocks: in
     import onegraph
 
     compiled = onegraph.compile(
-        flat, dynamic_shapes=flat.dynamic_shapes(MAX_TOKENS, MAX_REQUESTS, max_blocks), own_module=True, name=name
+        flat,
+        dynamic_shapes=flat.dynamic_shapes(MAX_TOKENS, MAX_REQUESTS, max_blocks, len(example["kv_caches"])),
+        own_module=True,
+        name=name,
     )
     began = time.perf_counter()
     compiled(**example)

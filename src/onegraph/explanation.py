@@ -234,7 +234,8 @@ class Explanation:
         if self.pieces:
             lines.append(f"graph    {self.num_ops} operations")
         for dim in self.dims:
-            lines.append(f"dim      {dim.name} = {dim.min}..{dim.max}  ({', '.join(dim.inputs)})")
+            further = [f"{len(dim.inputs) - 4} more"] if len(dim.inputs) > 4 else []
+            lines.append(f"dim      {dim.name} = {dim.min}..{dim.max}  ({', '.join([*dim.inputs[:4], *further])})")
         if self.passes:
             counts = (f"{one.name} {one.skipped or one.rewrites}" for one in self.passes)
             lines.append(f"passes   {'  '.join(counts)}")

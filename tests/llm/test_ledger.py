@@ -87,3 +87,12 @@ def test_a_trace_of_a_model_could_be_taken_by_another_process(model_folder: Path
     assert ledger.unindexable == ()
     assert {"flat_model.py", "modeling_llama.py"} <= {Path(source.path).name for source in ledger.sources}
     assert all(source.holds() for source in ledger.sources)
+
+
+def test_another_size_of_the_kv_cache_is_no_other_model(model_folder: Path) -> None:
+    """It follows the memory that a process finds free."""
+    first = started(model_folder, compilation_config=EAGER)
+    second = LLM(str(model_folder), dtype="float32", num_kv_blocks=65, compilation_config=EAGER)
+    index = second.explain().index
+    assert index is not None and index.status == "hit", index
+    assert generated(first) == generated(second)

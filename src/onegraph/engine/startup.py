@@ -91,7 +91,7 @@ def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
         compiled = api.compile(
             model.module,
             dynamic_shapes=model.module.dynamic_shapes(
-                limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_blocks_per_seq
+                limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_blocks_per_seq, len(layers)
             ),
             config=config.compilation_config,
             enforce_eager=config.enforce_eager,

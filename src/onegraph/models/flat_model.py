@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch.export import Dim
 
+MAX_KV_BLOCKS = 2**31 - 1
+"""Block tables are int32."""
+
 
 class FlatModel(torch.nn.Module):
     """Wraps a transformers causal language model that was loaded with our attention."""
@@ -47,10 +50,11 @@ class FlatModel(torch.nn.Module):
         return logits
 
     @staticmethod
-    def dynamic_shapes(max_num_tokens: int, max_num_seqs: int, max_blocks: int) -> dict[str, Any]:
-        """The sizes that change between steps, for `onegraph.compile`.
+    def dynamic_shapes(max_num_tokens: int, max_num_seqs: int, max_blocks: int, num_layers: int) -> dict[str, Any]:
+        """The sizes that change between steps, for `onegraph.compile`, and the KV cache's blocks.
 
-        A Dim has at least two sizes, so a limit of one is declared as two; the engine keeps to its limits.
+        Those follow the memory that a process finds free: compiled in, they would make each start a cold one. A Dim
+        has at least two sizes, so a limit of one is declared as two; the engine keeps to its limits.
         """
 
         def dim(name: str, most: int, least: int = 1) -> Any:
@@ -58,6 +62,7 @@ class FlatModel(torch.nn.Module):
 
         num_tokens = dim("num_tokens", max_num_tokens)
         num_reqs = dim("num_reqs", max_num_seqs)
+        kv_cache = {0: dim("num_kv_blocks", MAX_KV_BLOCKS)}
         return {
             "input_ids": {0: num_tokens},
             "positions": {0: num_tokens},
@@ -66,4 +71,5 @@ class FlatModel(torch.nn.Module):
             "seq_lens": {0: num_reqs},
             "block_tables": {0: num_reqs, 1: dim("num_blocks_per_req", max_blocks)},
             "logits_indices": {0: dim("num_logits", max(max_num_tokens, max_num_seqs))},
+            "kv_caches": [(kv_cache, kv_cache)] * num_layers,
         }
