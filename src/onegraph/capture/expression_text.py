@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 
 _PLAIN = ast.Name | ast.Attribute | ast.Subscript | ast.Call
 _STEP = r"\.[^\W\d]\w*|\['[^'\\\]]*'\]|\[\d+\]"
 _CHAIN = re.compile(rf"([^\W\d]\w*(?:{_STEP})*)({_STEP})")
+_STEPS = re.compile(r"\.(?P<attribute>[^\W\d]\w*)|\['(?P<key>[^'\\\]]*)'\]|\[(?P<index>\d+)\]")
 
 
 def last_step(expression: str) -> tuple[str, str] | None:
@@ -17,6 +19,23 @@ def last_step(expression: str) -> tuple[str, str] | None:
     """
     chain = _CHAIN.fullmatch(expression)
     return None if chain is None else (chain[1], chain[2])
+
+
+@functools.lru_cache(maxsize=64)
+def chain(expression: str) -> tuple[str, tuple[tuple[bool, str | int], ...]] | None:
+    """`a.b['c']` as `a` and its steps: whether it is an attribute, and its name or key. None as for `last_step`."""
+    if not expression.isascii() or _CHAIN.fullmatch(expression) is None:  # Python has a normal form of other names
+        return None
+    name = re.match(r"\w+", expression)
+    assert name is not None
+    steps = _STEPS.finditer(expression, name.end())
+    return name[0], tuple(_step(*one.group("attribute", "key", "index")) for one in steps)
+
+
+def _step(attribute: str | None, key: str | None, index: str | None) -> tuple[bool, str | int]:
+    if attribute is not None:
+        return True, attribute
+    return False, int(index) if index is not None else str(key)
 
 
 class ExpressionText:

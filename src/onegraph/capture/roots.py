@@ -175,14 +175,25 @@ def root(value: Any) -> tuple[str, dict[str, Any]]:
     return name, {name: value}
 
 
+_REGISTERED = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]")
+_OWN_DICT = re.compile(r"dict\((.*?)\.__dict__\)\['([^']*)'\]")
+_IMPORTED = re.compile(r"G\['__import_([^']*)'\]")
+_BUILTINS = re.compile(r"G\['__builtins_dict__[^']*'\]\['([^']*)'\]")
+_GLOBAL = re.compile(r"G\['([^']*)'\]")
+_LOCAL = re.compile(r"L\['([^']*)'\]")
+
+
 def as_written(name: str, scope: Scope) -> str:
     """The expression as its user would write it: `self.layers.0.scale`."""
-    text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", name)
-    text = re.sub(r"dict\((.*?)\.__dict__\)\['([^']*)'\]", r"\1.\2", text)
-    text = re.sub(r"G\['__import_([^']*)'\]", lambda match: match[1].replace("_dot_", "."), text)
-    text = re.sub(r"G\['__builtins_dict__[^']*'\]\['([^']*)'\]", r"\1", text)
-    text = re.sub(r"G\['([^']*)'\]", r"\1", text)
+    text = _REGISTERED.sub(r".\1", name)
+    if "dict(" in text:
+        text = _OWN_DICT.sub(r"\1.\2", text)
+    if "G[" in text:
+        text = _IMPORTED.sub(lambda match: match[1].replace("_dot_", "."), text)
+        text = _GLOBAL.sub(r"\1", _BUILTINS.sub(r"\1", text))
+    if "L[" not in text:
+        return text
     for prefix, value in scope.constants.items():
         if prefix.startswith("L[") and not isinstance(value, _Cell):
             text = text.replace(prefix, "self" if prefix == scope.self_prefix else prefix[3:-2])
-    return re.sub(r"L\['([^']*)'\]", r"\1", text)
+    return _LOCAL.sub(r"\1", text)

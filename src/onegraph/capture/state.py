@@ -7,7 +7,6 @@ tracing. `state_check` makes one function of them.
 
 from __future__ import annotations
 
-import ast
 import enum
 import functools
 import inspect
@@ -216,8 +215,7 @@ class _Objects:
         text, names = rooted
         if isinstance(value, _WITHOUT_IDENTITY) or evaluate(text, names) is not value:
             return None
-        tree = ast.parse(text, mode="eval").body if self.stored else None
-        if isinstance(tree, ast.Attribute) and tree.attr in self.stored:
+        if text.rpartition(".")[2] in self.stored:
             self.volatile[text] = value, names, what, user
             return None
         return self.pin(rooted, value, what, user)

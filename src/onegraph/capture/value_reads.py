@@ -36,6 +36,8 @@ CHECKED_ELSEWHERE = frozenset(
     }
 )
 
+_CONSTANT = re.compile(r"\$(\w+)")
+
 
 def state_read(
     what: str,
@@ -51,7 +53,7 @@ def state_read(
     """
     text, names = rooted
     variables = {name: f"_{'o' if name == 'object' else 'v'}{id(value):x}" for name, value in constants.items()}
-    named = re.sub(r"\$(\w+)", lambda match: variables[match[1]], condition)
+    named = _CONSTANT.sub(lambda match: variables[match[1]], condition)
     value = evaluate(text, names)
     entry = StateEntry(what, describe(value), user=user, portable=describe is not described or has_a_name(value))
     return StateRead(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+from typing import Any
 
 import pytest
 
 from onegraph.capture.expression_text import ExpressionText, last_step
+from onegraph.capture.state_check import evaluate
 
 
 @pytest.mark.parametrize(
@@ -55,3 +57,35 @@ def test_the_last_step_of_a_plain_chain(expression: str, parts: tuple[str, str] 
         prefix = ast.parse(expression, mode="eval").body
         assert isinstance(prefix, ast.Attribute | ast.Subscript)
         assert ast.unparse(prefix.value) == parts[0]
+
+
+class Held:
+    """Says how it was asked."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __getattr__(self, name: str) -> Any:
+        return Held(f"{self.text}.{name}")
+
+    def __getitem__(self, key: Any) -> Any:
+        return Held(f"{self.text}[{key!r}]")
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "a",
+        "a.b",
+        "a['b'].c[0]['1'][12]._d",
+        "a[''].c['x y']",
+        "a.\u00b5",  # which Python reads as another letter, in its normal form
+        "a[-1].b",
+        "type(a).__name__",
+        "(a, a.b)[1]",
+    ],
+)
+def test_values_are_those_that_python_reads(expression: str) -> None:
+    names = {"a": Held("a")}
+    now, read = evaluate(expression, names), eval(expression, {**names})  # noqa: S307 - what it is compared with
+    assert getattr(now, "text", now) == getattr(read, "text", read)
