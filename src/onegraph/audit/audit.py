@@ -18,7 +18,7 @@ from onegraph.audit.perturbation import Perturbation
 from onegraph.audit.settings import settings
 from onegraph.audit.verdict import FINDINGS, Judged, judge
 from onegraph.build_call import BuildCall
-from onegraph.errors import ConfigError, nearest
+from onegraph.errors import ConfigError, OnegraphError, nearest
 
 GROUPS = ("field", "pass", "env", "torch", "inductor", "value", "control")
 Progress = Callable[[Sequence[Perturbation]], Iterator[Perturbation]]
@@ -102,10 +102,10 @@ def _judged(one: Perturbation, base: Outcome, call: BuildCall) -> Judged:
     with contextlib.ExitStack() as scope:
         try:
             changed = scope.enter_context(one.scope(call))
-            index = warm_start(base, changed)
+            index = warm_start(base, changed, same_state=not one.recaptures)
             holds = base.built is None or base.built.holds is None or base.built.holds()
             now = outcome(changed) if one.recaptures else asked_again(base, changed)
         except Exception as error:  # noqa: BLE001 - the user's code under a value that it never had may raise anything
-            told = str(error).splitlines() or [""]
-            return Judged(one, "refused", f"{type(error).__name__}: {told[0]}"[:200])
+            title = "" if isinstance(error, OnegraphError) else f"{type(error).__name__}: "
+            return Judged(one, "refused", f"{title}{str(error).partition(chr(10))[0]}"[:200])
         return judge(one, base, now, index, holds)

@@ -51,13 +51,16 @@ def outcome(call: BuildCall) -> Outcome:
 
 
 def asked_again(base: Outcome, call: BuildCall) -> Outcome:
-    """The base's pieces under the settings that are in force now: for those that capture doesn't read."""
-    handed = tuple(one.ask_again() for one in base.handed)
-    return replace(base, handed=handed, index=index_key(call), trace=None)
+    """The base's pieces under the settings that are in force now, for those that capture doesn't read; twins once."""
+    handed = {one.key: one for one in reversed(base.handed) if one.key is not None}
+    return replace(base, handed=tuple(one.ask_again() for one in handed.values()), index=index_key(call), trace=None)
 
 
-def warm_start(base: Outcome, call: BuildCall) -> str | None:
-    """Why a later process would not take the base's trace for this call; None if it would."""
+def warm_start(base: Outcome, call: BuildCall, *, same_state: bool = False) -> str | None:
+    """Why a later process would not take the base's trace for this call; None if it would.
+
+    With `same_state` nothing that a trace reads has changed since the base.
+    """
     if base.trace is None:
         return f"no trace is kept: {base.unkept}"
     index = index_key(call) if call.config.mode in COMPILING else Unkeyable("nothing of ours is compiled")
@@ -66,7 +69,8 @@ def warm_start(base: Outcome, call: BuildCall) -> str | None:
     if not isinstance(base.index, Key) or index.digest != base.index.digest:
         return "another key"
     try:
-        revived_reads(base, call)
+        if not same_state:
+            revived_reads(base, call)
     except TraceDiffersError as error:
         return str(error)
     return None

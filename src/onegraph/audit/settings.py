@@ -65,7 +65,7 @@ def _other_values(name: str, info: FieldInfo, was: Any, dims: Sequence[DynamicDi
     drawn: dict[str, list[Any]] = {
         "level": [0, 1, 2, 3],
         "max_num_tokens": [max(was // 2, 1)] if isinstance(was, int) else [],
-        "splitting_ops": [[], was[1:]] if isinstance(was, list) and was else [["aten::mm"]],
+        "splitting_ops": [[], was[1:]] if isinstance(was, list) and was else [["torch.mm"]],
         "passes": [{entry.kind.name: False for entry in CATALOGUE}],
         "inductor_compile_config": [{"size_asserts": not switches()["size_asserts"]}],
         "eager_pieces": [[0]],

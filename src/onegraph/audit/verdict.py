@@ -52,7 +52,7 @@ class Judged:
 
 def judge(perturbation: Perturbation, base: Outcome, now: Outcome, index: str | None, state_holds: bool) -> Judged:
     """`index` is what `warm_start` says; `state_holds`, whether the running process would notice nothing."""
-    changed = tuple(_changed(base.handed, now.handed))
+    changed = tuple(_changed(base.handed, now.handed, not perturbation.recaptures))
     keys = {one.key for one in now.handed} - {one.key for one in base.handed} - {None}
     verdict, why = _verdict(perturbation, base, now, changed, index, state_holds)
     if verdict == "fine":
@@ -85,8 +85,11 @@ def _verdict(
     return "fine", ""
 
 
-def _changed(base: Sequence[Handed], now: Sequence[Handed]) -> Iterator[str]:
-    """What of the pieces isn't the same. A piece that is made for fewer sizes besides has another region."""
+def _changed(base: Sequence[Handed], now: Sequence[Handed], as_twins: bool) -> Iterator[str]:
+    """What of the pieces isn't the same. A piece that is made for fewer sizes besides has another region.
+
+    With `as_twins` pieces that are gone stand for others.
+    """
     if not now:
         return
     regions = {one.region for one in base} & {one.region for one in now}
@@ -94,8 +97,9 @@ def _changed(base: Sequence[Handed], now: Sequence[Handed]) -> Iterator[str]:
         regions = {one.region for one in (*base, *now)}
     alike = [[one for one in several if one.region in regions] for several in (base, now)]
     for name in ("graph", "settings"):
-        was, is_ = ([(one.index, getattr(one, name)) for one in several] for several in alike)
-        if was != is_:
+        was, is_ = ({(one.index, one.region): getattr(one, name) for one in several} for several in alike)
+        both = was.keys() | is_.keys() if name == "graph" and not as_twins else was.keys() & is_.keys()
+        if any(was.get(one) != is_.get(one) for one in both):
             yield name
     if {one.region for one in base} != {one.region for one in now}:
         yield "region"
@@ -109,7 +113,7 @@ def _same_key_other_input(base: Sequence[Handed], now: Sequence[Handed]) -> Iter
 
 
 def _same_input_other_key(base: Sequence[Handed], now: Sequence[Handed]) -> Iterator[tuple[Handed, Handed]]:
-    known: dict[tuple[Any, ...], Handed] = {}
+    known: dict[str, Handed] = {}
     for one in (*base, *now):
         if one.key is not None and known.setdefault(one.input, one).key != one.key:
             yield known[one.input], one
