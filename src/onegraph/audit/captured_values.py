@@ -7,8 +7,10 @@ all layers that have the same value at the same place, and counts the others.
 from __future__ import annotations
 
 import ast
+import contextlib
 import operator
 import re
+import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +46,7 @@ def captured_values(reads: Iterable[StateRead]) -> CapturedValues:
             continue
         was, put = place
         value = other_value(was)
-        if value is None:
+        if value is None or not _takes(read, was, value, put):
             continue
         kind = re.sub(r"\.\d+\.", ".*.", read.entry.what), repr(was)
         if kind in known:
@@ -68,7 +70,21 @@ def _place(read: StateRead) -> tuple[Any, Callable[[Any], None]] | None:
             return (was, lambda value: operator.setitem(holder, key, value)) if hasattr(holder, "__setitem__") else None
     except Exception:  # noqa: BLE001 - the user's object, which needn't let itself be read twice
         return None
+    if isinstance(holder, types.ModuleType) and holder.__name__.partition(".")[0] == "torch":
+        return None  # the compiler itself reads what stands there
     return was, lambda value: setattr(holder, node.attr, value)
+
+
+def _takes(read: StateRead, was: Any, value: Any, put: Callable[[Any], None]) -> bool:
+    """Whether the read finds what is put there: it may read a copy, such as a list of keys."""
+    try:
+        put(value)
+        return evaluate(read.expression, read.names) is value
+    except Exception:  # noqa: BLE001 - a place that takes no values, or none of these
+        return False
+    finally:
+        with contextlib.suppress(Exception):
+            put(was)
 
 
 def other_value(value: Any) -> Any:

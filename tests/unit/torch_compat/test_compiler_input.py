@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 
 from onegraph.torch_compat.compiler_input import switched, switches, written_graph, written_settings
 from onegraph.torch_compat.inductor import portable_config
 
-
-class NoSizes:
-    """A shape environment of a graph without symbols."""
-
-    var_to_range: dict[str, str] = {}
-    deferred_runtime_asserts: dict[str, list[object]] = {}
-    guards: list[object] = []
+NO_SIZES = types.SimpleNamespace(var_to_range={}, deferred_runtime_asserts={}, guards=[])
+"""The shape environment of a graph without symbols."""
 
 
 def graph(constant: float, name: str = "x", held: torch.Tensor | None = None) -> torch.fx.GraphModule:
@@ -27,7 +24,7 @@ def graph(constant: float, name: str = "x", held: torch.Tensor | None = None) ->
 
 
 def written(graph_module: torch.fx.GraphModule, *inputs: torch.Tensor) -> str:
-    return written_graph(graph_module, inputs, NoSizes)
+    return written_graph(graph_module, inputs, NO_SIZES)
 
 
 def test_names_do_not_count_and_constants_do() -> None:
