@@ -13,6 +13,7 @@ from onegraph.explanation import Explanation
 from onegraph.ir.key import Key, Unkeyable
 from onegraph.ir.ledger import Ledger
 from onegraph.store.index import Miss
+from onegraph.store.lookup import Lookup
 from onegraph.store.nearest import differences
 from onegraph.warm_start import from_index, index_key
 
@@ -22,7 +23,11 @@ def build(call: BuildCall) -> Built:
 
     Raises what the stages raise; a failed build leaves nothing behind but finished artifacts.
     """
-    key = index_key(call)
+    if isinstance(call.store, Lookup):
+        call.store.begin(call)
+        key: Key | Unkeyable = Unkeyable("the store is only looked at")
+    else:
+        key = index_key(call)
     if call.saved is not None:
         _refuse_other(call.saved, key)
     if isinstance(key, Unkeyable):

@@ -8,6 +8,7 @@ same code.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import time
@@ -37,13 +38,14 @@ from onegraph.kept_artifacts import load_kept
 from onegraph.linear_kernels import choose_linear_kernels
 from onegraph.log import get_logger
 from onegraph.look_up import as_on, guards_hold, looked_up
+from onegraph.narrowing import specialised_piece
 from onegraph.op_kernels import install_op_kernels, uses_own_ops
 from onegraph.store.choices import Choices
 from onegraph.store.lookup import Lookup
 from onegraph.store.store import Store, outside_the_store
 from onegraph.torch_compat import autotune, shapes
 from onegraph.torch_compat.graph_text import graph_text
-from onegraph.torch_compat.specialised_sizes import NotSpecialisedError, specialised_graph
+from onegraph.torch_compat.specialised_sizes import NotSpecialisedError
 from onegraph.torch_compat.structured_trace import trace_text
 
 log = get_logger(__name__)
@@ -92,6 +94,8 @@ class PieceCompiler:
         identities = [None if self._runs_eager(piece) else _identity(piece, dims) for piece in pieces]
         for_all: dict[int, _Compiling | CompiledPiece] = {}
         begun: list[list[_Compiling | CompiledPiece | int]] = []
+        for piece in pieces:
+            self._show(piece, general)
         compiled = [one for piece, one in zip(pieces, identities, strict=True) if piece.kind == "compiled"]
         total = (len({*compiled} - {None}) + compiled.count(None)) * len(regions)
         done = itertools.count()
@@ -155,7 +159,7 @@ class PieceCompiler:
             and general is not None
             and region != general
             and not self._runs_eager(piece)
-            and self.config.backend != "eager"
+            and (self.config.backend != "eager" or isinstance(self.store, Lookup))
         ):
             try:
                 narrower = specialised_piece(piece, region, general, dims)
@@ -163,6 +167,7 @@ class PieceCompiler:
                 where = region.condition(general)
                 notes[piece.index] += (f"piece {piece.index} has no artifact of its own where {where}: {error}",)
         if narrower is not piece:
+            self._show(narrower, region)
             return self._begin(narrower, region, builds)
         if piece.index not in for_all:
             made = self._begin(piece, general, builds)
@@ -206,8 +211,7 @@ class PieceCompiler:
     def _begin_with_inductor(
         self, piece: Piece, region: Region | None, builds: _Builds, started: float
     ) -> _Compiling | CompiledPiece:
-        options = {**self.target.compiler_options(), **SAME_AS_EAGER, **self.config.inductor_compile_config}
-        options, tuning = self._tuning(options)
+        options, tuning = self._options()
         key = piece_key(piece, region, self.target, options)
         if isinstance(self.store, Lookup):
             return looked_up(piece, key, self.store, self.target, options, tuning)
@@ -244,8 +248,16 @@ class PieceCompiler:
             )
         return builds.add(begun)
 
-    def _tuning(self, options: dict[str, Any]) -> tuple[dict[str, Any], Autotuning | None]:
-        """The options, and who chooses kernels under them: nobody where nothing is measured."""
+    def _show(self, piece: Piece, region: Region | None) -> None:
+        """A store that is only asked may want to know what the compiler is handed; see `onegraph.audit`."""
+        if isinstance(self.store, Lookup):
+            options, _ = self._options()
+            key = functools.partial(piece_key, piece, region, self.target, options)
+            self.store.hand(piece, region, self.target.name, options, key)
+
+    def _options(self) -> tuple[dict[str, Any], Autotuning | None]:
+        """Inductor's options, and who chooses kernels under them: nobody where nothing is measured."""
+        options = {**self.target.compiler_options(), **SAME_AS_EAGER, **self.config.inductor_compile_config}
         mode = self.config.autotune
         if mode == "off" and self.config.asked("autotune"):
             options = {**options, **autotune.OFF}
@@ -402,22 +414,6 @@ class _Builds:
             if one.build is not None:
                 one.build.cancel()
             one.held.close()
-
-
-def specialised_piece(piece: Piece, region: Region, general: Region, dims: Mapping[str, str]) -> Piece:
-    """The piece for the region's sizes; the piece itself where it has none of the sizes that the region narrows.
-
-    Raises NotSpecialisedError.
-    """
-    used = shapes.symbols_of(piece.fake_inputs, piece.fake_mode.shape_env)
-    bounds = {name: (least, most) for name, least, most in region.ranges}
-    narrowed = {name for name, least, most in general.ranges if bounds[name] != (least, most)}
-    if not any(dims.get(symbol) in narrowed for symbol in used):
-        return piece
-    hints = dict(region.hints)
-    ranges = {symbol: (*bounds[dims[symbol]], hints[dims[symbol]]) for symbol in used if dims.get(symbol) in bounds}
-    made = specialised_graph(piece.graph_module, piece.fake_inputs, piece.fake_mode, ranges)
-    return replace(piece, graph_module=made.graph_module, fake_inputs=made.fake_inputs, fake_mode=made.fake_mode)
 
 
 def _identity(piece: Piece, dims: Mapping[str, str]) -> Identity | None:

@@ -50,6 +50,7 @@ from onegraph.saving import saving
 from onegraph.specialised import Specialised, explained_pieces, parts_of, with_eager_piece
 from onegraph.split.split import called_ops, missing_ops, split_graph
 from onegraph.store.index import Index
+from onegraph.store.lookup import Lookup
 from onegraph.store.unpacked import tell_edits
 from onegraph.torch_compat import dynamo, shapes
 from onegraph.torch_compat.structured_trace import trace_json, trace_text
@@ -128,6 +129,8 @@ def _indexed(
             why = str(error) if isinstance(error, NotPortableError) else f"{type(error).__name__}: {error}"
             index = IndexExplanation("off", f"the next start traces again: {why}")
             return replace(explanation, index=index), None
+        if isinstance(call.store, Lookup):
+            call.store.keep_trace(contents)
         trace = Index(call.store).keep(key.digest, contents, call.name, seconds)
         counters.add("traces_kept", int(trace is not None))
     return replace(explanation, index=IndexExplanation("miss", why), stages=call.stages.totals()), trace

@@ -46,7 +46,6 @@ from onegraph.plan.memory import size_names
 from onegraph.plan.slots import allocate_slots
 from onegraph.saving import saving
 from onegraph.store.index import Index, Miss, TraceRefusedError
-from onegraph.store.lookup import Lookup
 from onegraph.store.store import Store
 from onegraph.store.unpacked import tell_edits
 from onegraph.torch_compat.changed_config import changed_config
@@ -75,8 +74,6 @@ def index_key(call: BuildCall) -> Key | Unkeyable:
     config = call.config
     if call.store is None:
         return Unkeyable("the compile cache is off")
-    if isinstance(call.store, Lookup):
-        return Unkeyable("the store is only looked at")
     if call.fuel is not None or call.pass_observer is not None:
         return Unkeyable("the passes are watched")
     if config.extra_passes:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onegraph.cli.cache_audit import ABOUT, audit
 from onegraph.cli.flags import Parser, UsageError, add_model_flags, engine_config, split_compilation_words
 from onegraph.env import environment
 from onegraph.errors import ConfigError, nearest
@@ -193,6 +194,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "ls": (ls, "the entries, newest first"),
     "why": (why, "which pieces of a model it has, and for the others the nearest entry and what differs"),
     "verify": (verify, "check manifests, checksums, signatures, owners and modes; exit code 1 if one is wrong"),
+    "audit": (audit, ABOUT),
     "prune": (prune, "remove what was used longest ago, down to a size or an age"),
     "clear": (clear, "remove all under the root"),
     "export": (export, "write entries into one file"),

@@ -79,7 +79,7 @@ class CompilationConfig:
     check_passes: bool | None = _field(
         "bool", "nothing", "compare each pass's pieces before and after, on sample data, with fp64 as the judge"
     )
-    eager_pieces: tuple[int, ...] | None = _field("ints", "nothing", "numbers of pieces that run uncompiled")
+    eager_pieces: tuple[int, ...] | None = _field("ints", "graph", "numbers of pieces that run uncompiled")
     compile_sizes: tuple[int | str, ...] | None = _field(
         "sizes", "kernels", "sizes that get an artifact of their own; `cudagraph_capture_sizes` stands for those"
     )

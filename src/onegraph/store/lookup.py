@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from onegraph.env import Environment
-from onegraph.ir.key import Key
+from onegraph.ir.key import Key, Unkeyable
+from onegraph.ir.piece import Piece
+from onegraph.ir.region import Region
 from onegraph.store.store import Store
 
 
@@ -54,6 +56,25 @@ class Lookup(Store):
         lookup = cls(made.root, made.base, made.signer)
         lookup.num_recompiled = num_recompiled
         return lookup
+
+    def begin(self, call: Any) -> None:
+        """Told of each build, by its BuildCall."""
+
+    def hand(
+        self,
+        piece: Piece,
+        region: Region | None,
+        device_type: str,
+        options: Mapping[str, Any],
+        key: Callable[[], Key | Unkeyable],
+    ) -> None:
+        """Told of each piece for each region, whatever the backend: what Inductor is given, or would be given.
+
+        `key` makes the key of the artifact, under the settings that are in force when it is called.
+        """
+
+    def keep_trace(self, contents: bytes) -> None:
+        """Told what the index would keep of a build, where it is given the index's key."""
 
     def found(self, recompile: Callable[[], Recompiled]) -> None:
         """Told of each artifact that it had, and how to compare it."""

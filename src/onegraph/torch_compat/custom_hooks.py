@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-_HOOKS = (
+HOOKS = (
     "pre_grad_custom_pass",
     "joint_custom_pre_pass",
     "joint_custom_post_pass",
@@ -20,7 +20,7 @@ def hook_identities() -> dict[str, Any] | str:
     """The uuids of custom passes that users hung into Inductor, or why one has no identity."""
     config = sys.modules.get("torch._inductor.config")
     found: dict[str, Any] = {}
-    for name in _HOOKS:
+    for name in HOOKS:
         hook = getattr(config, name, None)
         for item in hook if isinstance(hook, list | tuple) else [hook]:
             if item is None:

@@ -26,6 +26,7 @@ from onegraph.errors import ConfigError, nearest
 from onegraph.ir.artifact import OutputAlias, OutputLayout
 from onegraph.ir.fx_nodes import value_of
 from onegraph.ir.target import KernelSource
+from onegraph.torch_compat.custom_hooks import HOOKS
 from onegraph.torch_compat.overlap import overlapping
 from onegraph.torch_compat.shapes import RawCondition, dense_order, squeezed_sizes
 from onegraph.torch_compat.toolchain import toolchain_as_declared
@@ -336,11 +337,15 @@ def check_options(options: Mapping[str, Any]) -> None:
 def portable_config(options: dict[str, Any]) -> dict[str, Any]:
     """Inductor's and AOTAutograd's whole configuration that can change what is generated, JSON-able.
 
+    With what torch calls private: `_use_fp64_for_unbacked_floats` changes code too.
+
     `options`, which must exist, are patched on top of what is in force.
     """
     with torch._inductor.config.patch(options):
-        inductor = torch._inductor.config.save_config_portable()
-    functorch = torch._functorch.config.save_config_portable()
+        inductor = torch._inductor.config.save_config_portable(ignore_private_configs=False)
+    functorch = torch._functorch.config.save_config_portable(ignore_private_configs=False)
+    for hook in HOOKS:  # have identities of their own
+        inductor.pop(hook, None)
     return {"inductor": _plain(inductor), "functorch": _plain(functorch)}
 
 
