@@ -27,13 +27,14 @@ from onegraph.config.compilation import CompilationConfig, CompilationMode
 from onegraph.config.resolve import ResolvedConfig, resolve
 from onegraph.env import environment
 from onegraph.errors import ArtifactError, ConfigError
+from onegraph.ir.target import Target
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck
 from onegraph.store.index import CONTENTS as TRACE
 from onegraph.store.lookup import Lookup
 from onegraph.store.store import Store
 from onegraph.store.transfer import import_archive
-from onegraph.targets import common_device, device_rules, target_for
+from onegraph.targets import common_device, device_rules, target_for, target_like
 from onegraph.weights import WeightStore
 
 log = get_logger(__name__)
@@ -54,6 +55,7 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
     observer: Observer | None = None,
     lookup: Lookup | None = None,
     saved: Saved | None = None,
+    target: Target | None = None,
 ) -> CompiledModel:
     """Compiles a module, method or function for inference, for every size in the declared ranges.
 
@@ -70,6 +72,9 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
     `check_state()` after changing the module, and calls skip it; with `config.freeze` nothing is compared.
 
     With a `lookup` nothing is compiled: it is asked what it has, and pieces run op by op.
+
+    `target` is what to compile for, if it isn't this process on the module's device. If it doesn't run, the result is
+    there to be saved, by `warm_up` and `save`, and the values of the module's weights are never read.
 
     Raises ConfigError for a configuration that is wrong or can't be honoured.
     """
@@ -109,7 +114,7 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
                 name=title,
                 dynamic_shapes=dynamic_shapes,
                 config=resolved,
-                target=target_for(device_type_of(module, args, kwargs)),
+                target=target or _target(device_type_of(module, args, kwargs), saved),
                 store=lookup or (open_store() if saved is None else saved.store),
                 given=given,
                 saved=first.pop() if first else None,
@@ -174,6 +179,15 @@ class Saved:
     asked: Asked
     store: Store
     held: contextlib.ExitStack
+
+    def target(self, device_type: str) -> Target:
+        """What loads its code on a device, if anything here does."""
+        machine = self.build.factors.get("machine", {})
+        return target_like(device_type, machine.get("target", {}))
+
+
+def _target(device_type: str, saved: Saved | None) -> Target:
+    return target_for(device_type) if saved is None else saved.target(device_type)
 
 
 def open_saved(file: Path) -> Saved:
