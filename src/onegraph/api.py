@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from onegraph.build import build, empty_explanation
+from onegraph.build import build, empty_explanation, refuse_other_machine
 from onegraph.build_call import BuildCall, Observer, SavedBuild, Stages
 from onegraph.build_record import Asked, BuildRecord, shapes_of
 from onegraph.capture.portable import loaded
@@ -181,9 +181,10 @@ class Saved:
     held: contextlib.ExitStack
 
     def target(self, device_type: str) -> Target:
-        """What loads its code on a device, if anything here does."""
-        machine = self.build.factors.get("machine", {})
-        return target_like(device_type, machine.get("target", {}))
+        """What loads its code on a device. Raises ArtifactError where nothing here does, with what differs."""
+        target = target_like(device_type, self.build.factors.get("machine", {}).get("target", {}))
+        refuse_other_machine(self.build, target)
+        return target
 
 
 def _target(device_type: str, saved: Saved | None) -> Target:
@@ -198,7 +199,8 @@ def open_saved(file: Path) -> Saved:
             store = Store(Path(held.enter_context(tempfile.TemporaryDirectory(prefix="onegraph-load-"))))
             store.open_root()
         record = _saved_record(store, file)
-        return Saved(SavedBuild(str(file), record.factors), record.asked, store, held.pop_all())
+        weights = record.regions[0].trace.weights
+        return Saved(SavedBuild(str(file), record.factors, weights), record.asked, store, held.pop_all())
 
 
 def _saved_record(store: Store, file: Path) -> BuildRecord:

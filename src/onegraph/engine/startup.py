@@ -22,10 +22,10 @@ from onegraph.engine.progress import Progress, bar
 from onegraph.engine.text import Text
 from onegraph.explanation import Explanation
 from onegraph.garbage import collected_later
+from onegraph.ir.target import Target
 from onegraph.models import BUILTIN_MODEL, LoadedModel, load_model
 from onegraph.op_kernels import OpKernels, install_op_kernels, op_kernels_begun
 from onegraph.store.lookup import Lookup
-from onegraph.ir.target import Target
 from onegraph.targets import describe_target, resolve_device, target_for
 
 WARM_UP_TOKENS = 16
@@ -55,7 +55,9 @@ class Started:
         """How the model was compiled, for which device, and what its attention was lowered to."""
         explanation = self.compiled.explain()
         return replace(
-            explanation, device=describe_target(self.target), notes=tuple(dict.fromkeys((*explanation.notes, *self.op_kernels.notes)))
+            explanation,
+            device=describe_target(self.target),
+            notes=tuple(dict.fromkeys((*explanation.notes, *self.op_kernels.notes))),
         )
 
 
@@ -69,6 +71,8 @@ def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
     """
     began = time.perf_counter()
     device = resolve_device(config.device)
+    saved = None if config.artifact is None else api.open_saved(Path(config.artifact))
+    target = target_for(device) if saved is None else saved.target(device)  # refuses before weights are read
     with bar("weights", 3) as progress:
         model = load_model(
             config.model or BUILTIN_MODEL,
@@ -77,10 +81,7 @@ def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
             trust_remote_code=config.trust_remote_code,
             progress=progress,
         )
-    saved = None if config.artifact is None else api.open_saved(Path(config.artifact))
-    store = api.open_store() if lookup is None else lookup
-    target = target_for(device) if saved is None else saved.target(device)
-    store = store if saved is None else saved.store
+    store = lookup or (api.open_store() if saved is None else saved.store)
     layers = layers_of(model)
     limits = resolve_limits(
         config, model_len=model.max_model_len, layers=layers, available_bytes=target.available_bytes
@@ -88,9 +89,7 @@ def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
     loaded = time.perf_counter()
     begun = op_kernels_begun(target, store) if lookup is None else nullcontext()
     with bar("compile", 6) as progress, begun:
-        compiled, engine = compiled_engine(
-            config, model, layers, limits, target, progress, lookup=lookup, saved=saved
-        )
+        compiled, engine = compiled_engine(config, model, layers, limits, target, progress, lookup=lookup, saved=saved)
         progress("attention kernel")
         op_kernels = NOT_ASKED if lookup is not None else install_op_kernels(target, store)
     return Started(

@@ -103,8 +103,7 @@ class Target(Protocol):
         ...
 
     def load_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Any]:
-        """Loads what `start_build` made; gives a callable for each kernel name, which fails if the target doesn't run.
-        """
+        """Loads what `start_build` made; gives a callable for each kernel name, or `NotLoaded` if it doesn't run."""
         ...
 
     def kernel_sources(self, files: Mapping[str, Path], names: Mapping[str, str]) -> dict[str, str]:

@@ -9,14 +9,15 @@ from onegraph.config.compilation import CUDAGraphMode
 from onegraph.config.resolve import DeviceRules
 from onegraph.errors import ConfigError, nearest
 from onegraph.ir.target import Target
+from onegraph.targets.cpu.march import NAMES, march_named
 
 if TYPE_CHECKING:
     import torch
 
 DEVICES = ("auto", "cpu", "cuda")
 """What a `device` setting can be."""
-MARCHES = ("native", "avx2", "avx512", "amx")
-"""What `--march` can be. `targets.cpu.march` says what they are; a test compares the two."""
+MARCHES = NAMES
+"""What `--march` can be."""
 
 
 def target_for(device_type: str) -> Target:
@@ -50,8 +51,6 @@ def target_to_compile_for(device_type: str, march: str | None) -> Target:
 
     Raises ConfigError for an unknown `march`, and for one with a device whose kernels have none.
     """
-    from onegraph.targets.cpu.march import march_named
-
     instructions = march_named(march)
     if device_type == "cpu":
         from onegraph.targets.cpu.target import CpuTarget

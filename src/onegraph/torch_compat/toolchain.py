@@ -15,7 +15,6 @@ import torch
 import torch._inductor.config
 from torch._inductor import cpp_builder, cpu_vec_isa
 
-
 _VECTORS: Mapping[str, tuple[type[cpu_vec_isa.VecISA], ...]] = {
     "avx2": (cpu_vec_isa.VecAVX2,),
     "avx512": (cpu_vec_isa.VecAVX512, cpu_vec_isa.VecAVX2),

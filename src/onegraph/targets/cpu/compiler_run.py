@@ -34,9 +34,7 @@ class CompilerRun:
             ) from error
         from onegraph.torch_compat import toolchain  # imports Inductor, which takes a second
 
-        command, self._library = toolchain.compile_command(
-            [str(folder / SOURCE)], "kernels", folder, machine_flags
-        )
+        command, self._library = toolchain.compile_command([str(folder / SOURCE)], "kernels", folder, machine_flags)
         counters.add("gxx_runs")
         try:
             with errors:

@@ -57,14 +57,16 @@ MARCHES = {
 }
 
 
+NAMES = (NATIVE, *MARCHES)
+
+
 def march_named(name: str | None) -> March | None:
     """None for `native` and None. Raises ConfigError for an unknown name, and on a CPU of another kind."""
     if name is None or name == NATIVE:
         return None
     if name not in MARCHES:
-        known = (NATIVE, *MARCHES)
         raise ConfigError(
-            f"march={name!r}: it is one of {', '.join(known)}", where="--march", hint=nearest(str(name), known)
+            f"march={name!r}: it is one of {', '.join(NAMES)}", where="--march", hint=nearest(str(name), NAMES)
         )
     if platform.machine() not in ("x86_64", "AMD64"):
         raise ConfigError(
