@@ -186,6 +186,12 @@ class Saved:
         refuse_other_machine(self.build, target)
         return target
 
+    def size(self, path: str, dim: int) -> int | None:
+        """The size that a tensor of the call must have, as `kv_caches[0][0]`; None for one that may have others."""
+        facts = {(one.path, one.fact): one.value for one in self.build.inputs}
+        value = facts.get((path, f"size of dim {dim}"), "")
+        return int(value) if value.isdecimal() else None
+
 
 def _target(device_type: str, saved: Saved | None) -> Target:
     return target_for(device_type) if saved is None else saved.target(device_type)
@@ -199,8 +205,9 @@ def open_saved(file: Path) -> Saved:
             store = Store(Path(held.enter_context(tempfile.TemporaryDirectory(prefix="onegraph-load-"))))
             store.open_root()
         record = _saved_record(store, file)
-        weights = record.regions[0].trace.weights
-        return Saved(SavedBuild(str(file), record.factors, weights), record.asked, store, held.pop_all())
+        trace = record.regions[0].trace
+        saved = SavedBuild(str(file), record.factors, trace.weights, trace.ledger.inputs)
+        return Saved(saved, record.asked, store, held.pop_all())
 
 
 def _saved_record(store: Store, file: Path) -> BuildRecord:

@@ -13,7 +13,7 @@ from onegraph.capture.state_check import changed_entries, state_check
 from onegraph.compiled import Built
 from onegraph.config.compilation import CompilationConfig
 from onegraph.config.resolve import ResolvedConfig
-from onegraph.ir.ledger import CheckedWhen, StateRead
+from onegraph.ir.ledger import CheckedWhen, InputEntry, StateRead
 from onegraph.ir.target import Target
 from onegraph.store.store import Store
 from onegraph.weights import WeightStore
@@ -61,12 +61,13 @@ class Stages:
 class SavedBuild:
     """A file that `save` wrote, and the factors under which its build is in the index.
 
-    `weights` are names and facts of the tensors that its graph takes.
+    `weights` are names and facts of the tensors that its graph takes, `inputs` the facts of its call.
     """
 
     file: str
     factors: Mapping[str, Any]
     weights: tuple[tuple[str, str], ...] = ()
+    inputs: tuple[InputEntry, ...] = ()
 
 
 @dataclass(frozen=True)

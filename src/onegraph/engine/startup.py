@@ -73,6 +73,8 @@ def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
     device = resolve_device(config.device)
     saved = None if config.artifact is None else api.open_saved(Path(config.artifact))
     target = target_for(device) if saved is None else saved.target(device)  # refuses before weights are read
+    if saved is not None and config.num_kv_blocks is None:
+        config = replace(config, num_kv_blocks=saved.size("kv_caches[0][0]", 0))  # it is compiled for so many
     with bar("weights", 3) as progress:
         model = load_model(
             config.model or BUILTIN_MODEL,
