@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from onegraph.build import build, empty_explanation
+from onegraph.build import build, empty_explanation, refuse_other_machine
 from onegraph.build_call import BuildCall, Observer, SavedBuild, Stages
 from onegraph.build_record import Asked, BuildRecord, shapes_of
 from onegraph.capture.portable import loaded
@@ -27,13 +27,14 @@ from onegraph.config.compilation import CompilationConfig, CompilationMode
 from onegraph.config.resolve import ResolvedConfig, resolve
 from onegraph.env import environment
 from onegraph.errors import ArtifactError, ConfigError
+from onegraph.ir.target import Target
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck
 from onegraph.store.index import CONTENTS as TRACE
 from onegraph.store.lookup import Lookup
 from onegraph.store.store import Store
 from onegraph.store.transfer import import_archive
-from onegraph.targets import common_device, device_rules, target_for
+from onegraph.targets import common_device, device_rules, target_for, target_like
 from onegraph.weights import WeightStore
 
 log = get_logger(__name__)
@@ -51,9 +52,6 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
     enforce_eager: bool = False,
     own_module: bool = False,
     own_weights: bool = False,
-    observer: Observer | None = None,
-    lookup: Lookup | None = None,
-    saved: Saved | None = None,
 ) -> CompiledModel:
     """Compiles a module, method or function for inference, for every size in the declared ranges.
 
@@ -69,9 +67,40 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
     Captured Python state is compared before every call; with `own_module`, the caller promises to say
     `check_state()` after changing the module, and calls skip it; with `config.freeze` nothing is compared.
 
-    With a `lookup` nothing is compiled: it is asked what it has, and pieces run op by op.
-
     Raises ConfigError for a configuration that is wrong or can't be honoured.
+    """
+    return compiled_model(
+        module,
+        dynamic_shapes=dynamic_shapes,
+        config=config,
+        name=name,
+        enforce_eager=enforce_eager,
+        own_module=own_module,
+        own_weights=own_weights,
+    )
+
+
+def compiled_model(
+    module: Any,
+    *,
+    dynamic_shapes: Any,
+    config: ConfigLike,
+    name: str | None,
+    own_module: bool,
+    own_weights: bool,
+    enforce_eager: bool = False,
+    observer: Observer | None = None,
+    lookup: Lookup | None = None,
+    saved: Saved | None = None,
+    target: Target | None = None,
+) -> CompiledModel:
+    """As `compile`; `observer` is told of the stages.
+
+    With a `lookup` nothing is compiled: it is asked what it has, and pieces run op by op. What was `saved` is taken at
+    the first call, or refused.
+
+    `target` is what to compile for, if it isn't this process on the module's device. If it doesn't run, the result is
+    there to be saved, by `warm_up` and `save`, and the values of the module's weights are never read.
     """
     if not callable(module):
         raise ConfigError(f"{module!r:.80} can't be called, so it can't be compiled")
@@ -109,7 +138,7 @@ def compile(  # noqa: A001 - the name that users expect beside torch.compile
                 name=title,
                 dynamic_shapes=dynamic_shapes,
                 config=resolved,
-                target=target_for(device_type_of(module, args, kwargs)),
+                target=target or _target(device_type_of(module, args, kwargs), saved),
                 store=lookup or (open_store() if saved is None else saved.store),
                 given=given,
                 saved=first.pop() if first else None,
@@ -155,7 +184,7 @@ def load(file: str | os.PathLike[str], module: Any, *, name: str | None = None) 
     or machine that it isn't for, with what differs. Later changes of Python state are captured anew, as ever.
     """
     saved = open_saved(Path(file))
-    return compile(
+    return compiled_model(
         module,
         dynamic_shapes=shapes_of(saved.asked.dynamic_shapes),
         config=saved.asked.config,
@@ -175,6 +204,16 @@ class Saved:
     store: Store
     held: contextlib.ExitStack
 
+    def target(self, device_type: str) -> Target:
+        """What loads its code on a device. Raises ArtifactError where nothing here does, with what differs."""
+        target = target_like(device_type, self.build.factors.get("machine", {}).get("target", {}))
+        refuse_other_machine(self.build, target)
+        return target
+
+
+def _target(device_type: str, saved: Saved | None) -> Target:
+    return target_for(device_type) if saved is None else saved.target(device_type)
+
 
 def open_saved(file: Path) -> Saved:
     """Verifies a file that `CompiledModel.save` wrote, and puts it into the compile cache. Raises ArtifactError."""
@@ -184,7 +223,8 @@ def open_saved(file: Path) -> Saved:
             store = Store(Path(held.enter_context(tempfile.TemporaryDirectory(prefix="onegraph-load-"))))
             store.open_root()
         record = _saved_record(store, file)
-        return Saved(SavedBuild(str(file), record.factors), record.asked, store, held.pop_all())
+        weights = record.regions[0].trace.weights
+        return Saved(SavedBuild(str(file), record.factors, weights), record.asked, store, held.pop_all())
 
 
 def _saved_record(store: Store, file: Path) -> BuildRecord:

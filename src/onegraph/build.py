@@ -5,17 +5,26 @@ The index is looked at first, and without what tracing needs: Dynamo and Inducto
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from onegraph.build_call import BuildCall, SavedBuild
+from onegraph.capture.trace_record import first_other_weight
 from onegraph.compiled import Built
+from onegraph.compilers.machine import machine_factors
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.errors import ArtifactError
 from onegraph.explanation import Explanation
 from onegraph.ir.key import Key, Unkeyable
 from onegraph.ir.ledger import Ledger
+from onegraph.ir.target import Target
 from onegraph.store.index import Miss
 from onegraph.store.lookup import Lookup
 from onegraph.store.nearest import differences
 from onegraph.warm_start import from_index, index_key
+
+_TOLD = 6
+"""So many differences are told of a saved build that isn't for this process."""
 
 
 def build(call: BuildCall) -> Built:
@@ -29,7 +38,7 @@ def build(call: BuildCall) -> Built:
     else:
         key = index_key(call)
     if call.saved is not None:
-        _refuse_other(call.saved, key)
+        _refuse_other(call.saved, key, call.module)
     if isinstance(key, Unkeyable):
         return _traced(call, key)
     found = from_index(
@@ -42,14 +51,25 @@ def build(call: BuildCall) -> Built:
     return _traced(call, key, str(found))
 
 
-def _refuse_other(saved: SavedBuild, key: Key | Unkeyable) -> None:
+def refuse_other_machine(saved: SavedBuild, target: Target) -> None:
+    """Raises ArtifactError for a machine, or a torch, that the saved build isn't for: before there is a module."""
+    field = "machine"
+    _refuse(saved, differences({field: saved.factors.get(field, {})}, {field: machine_factors(target)}))
+
+
+def _refuse_other(saved: SavedBuild, key: Key | Unkeyable, module: Any) -> None:
     """Raises ArtifactError for a configuration or a machine that the saved build isn't for."""
     if isinstance(key, Unkeyable):
         raise _other_than(saved, key.reason)
-    differs = list(differences(saved.factors, key.factors))
-    if differs:
-        more = f", and {len(differs) - 3} more" if len(differs) > 3 else ""
-        raise _other_than(saved, "; ".join(map(str, differs[:3])) + more)
+    differs = differences(saved.factors, key.factors)
+    _refuse(saved, (first_other_weight(saved.weights, module) if one.field == "tensors" else one for one in differs))
+
+
+def _refuse(saved: SavedBuild, differs: Iterable[Any]) -> None:
+    told = list(differs)
+    if told:
+        more = f", and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
+        raise _other_than(saved, "; ".join(map(str, told[:_TOLD])) + more)
 
 
 def _other_than(saved: SavedBuild, why: str) -> ArtifactError:

@@ -59,10 +59,14 @@ class Stages:
 
 @dataclass(frozen=True)
 class SavedBuild:
-    """A file that `save` wrote, and the factors under which its build is in the index."""
+    """A file that `save` wrote, and the factors under which its build is in the index.
+
+    `weights` are names and facts of the tensors that its graph takes.
+    """
 
     file: str
     factors: Mapping[str, Any]
+    weights: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

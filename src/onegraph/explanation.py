@@ -165,6 +165,8 @@ class Explanation:
     """What it is compiled for, in words; None where nothing is."""
     index: IndexExplanation | None = None
     """Whether the whole build was there already; None where nothing is compiled."""
+    pending: tuple[str, ...] = ()
+    """Of a build that was only compiled, what the process that loads it does first."""
 
     @property
     def start(self) -> str:

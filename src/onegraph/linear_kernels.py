@@ -67,8 +67,8 @@ def choose_linear_kernels(
 
 
 def choose_kernels_for(wanted: Sequence[LinearShape], target: Target, store: Store | None) -> tuple[LinearChoice, ...]:
-    """As `choose_linear_kernels`, for weights of these shapes."""
-    op = implementation("linear", target.dispatch_key)
+    """As `choose_linear_kernels`, for weights of these shapes. A target that doesn't run has nothing to measure yet."""
+    op = implementation("linear", target.dispatch_key) if target.runs else None
     if not isinstance(op, LinearOp):
         return ()
     shapes = [shape for shape in wanted if len(op.kernels(shape.dtype)) > 1]

@@ -64,28 +64,31 @@ def op_kernels_begun(target: Target, store: Store | None) -> Iterator[None]:
     raises CompileError.
     """
     begun: _Installation | None = None
+    name = _name(target)
     with _LOCK, contextlib.suppress(_BuiltElsewhereError):
-        if target.name not in _installed and target.name not in _begun:
-            begun = _begun[target.name] = _Installation(target, store, before_waiting=_give_up)
+        if name not in _installed and name not in _begun:
+            begun = _begun[name] = _Installation(target, store, before_waiting=_give_up)
     try:
         yield
     finally:
         with _LOCK:
-            if begun is not None and _begun.get(target.name) is begun:
-                del _begun[target.name]
+            if begun is not None and _begun.get(name) is begun:
+                del _begun[name]
                 begun.held.close()
 
 
 def install_op_kernels(target: Target, store: Store | None) -> OpKernels:
     """Makes the target's kernels stand for the ops in this process; says how. Never raises CompileError.
 
-    `store` None means that nothing is read or written. Later calls change nothing.
+    `store` None means that nothing is read or written. Later calls change nothing. For a target that doesn't run they
+    are built and kept, and this process has what it had.
     """
+    name = _name(target)
     with _LOCK:
-        if target.name not in _installed:
-            begun = _begun.pop(target.name, None) or _Installation(target, store)
-            _installed[target.name] = begun.finish()
-        return _installed[target.name]
+        if name not in _installed:
+            begun = _begun.pop(name, None) or _Installation(target, store)
+            _installed[name] = begun.finish()
+        return _installed[name]
 
 
 def op_kernels_key(target: Target) -> Key:
@@ -97,6 +100,11 @@ def uses_own_ops(graph_module: torch.fx.GraphModule) -> bool:
     """Whether a graph, or a graph inside it, calls an op of onegraph's."""
     graphs = (module.graph for module in graph_module.modules() if isinstance(module, torch.fx.GraphModule))
     return any(str(node.target).startswith(f"{LIBRARY.ns}.") for graph in graphs for node in graph.nodes)
+
+
+def _name(target: Target) -> str:
+    """The same for targets that share one installation."""
+    return target.name if target.runs else f"{target.name} {op_kernels_key(target).digest}"
 
 
 class _BuiltElsewhereError(Exception):
@@ -153,7 +161,7 @@ class _Installation:
             none = OpKernels(False, "off", str(error).splitlines()[0], self.seconds, self.target.op_kernels_kind)
             log.warning("%s", none.notes[0])
             return none
-        for name, implementation in made.items():
+        for name, implementation in made.items() if self.target.runs else ():
             implement(name, self.target.dispatch_key, implementation)
         return OpKernels(True, status, why, self.seconds, self.target.op_kernels_kind)
 

@@ -263,6 +263,12 @@ class PieceCompiler:
             options = {**options, **autotune.OFF}
         if not autotune.tunes(options):
             return options, None
+        if not self.target.runs:
+            raise ConfigError(
+                "kernels that are chosen by measuring can't be chosen where none are run",
+                where="autotune",
+                hint="leave autotune, max_autotune and TORCHINDUCTOR_MAX_AUTOTUNE out, or start without an artifact",
+            )
         records = None if self.store is None else Choices(self.store)
         mode = "record" if mode == "off" else mode  # torch's own configuration asks for it
         return options, Autotuning(mode, machine_factors(self.target), records)

@@ -36,9 +36,11 @@ from onegraph.ir.key import Key, Unkeyable
 from onegraph.ir.ledger import ShapeEntry
 from onegraph.ir.passes import Fuel
 from onegraph.ir.region import Region, general_region
+from onegraph.linear_kernels import linear_shapes
 from onegraph.op_kernels import uses_own_ops
 from onegraph.passes.catalogue import choose_passes, refuse_missed
 from onegraph.passes.run import PassSettings, pass_settings, run_passes
+from onegraph.pending import pending
 from onegraph.piece_compiler import PieceCompiler
 from onegraph.plan.buffers import buffer_plan
 from onegraph.plan.function import failed_piece, function_source, plan_function, region_finder
@@ -187,7 +189,7 @@ def _specialise(captured: CapturedGraph, sizing: Sizing, call: BuildCall, rewrit
         further = slice(len(captured.weights), len(captured.weights) + len(passed.merged))
         checked = checked_at_first_call(run, captured.graph_module, foreign, further)
         indices, groups = group_indices(captured, passed.merged), None
-        if owned is not None:
+        if owned is not None and target.runs:
             groups = bind_groups(owned, captured.weights, indices, target.required_alignment)
         inputs = captured.fake_inputs[len(captured.weights) :]
         mutates_inputs = any(piece.mutates_inputs for compiled in pieces for piece in compiled)
@@ -265,6 +267,7 @@ def _refuse_more_regions(made: list[Specialised], sizes: tuple[tuple[str, int], 
 def _explain(call: BuildCall, made: list[Specialised]) -> Explanation:
     config, state_checked = call.config, "never" if call.config.freeze else call.state_checked
     first = made[0]
+    graphs = [piece.graph_module for one in made for piece in one.passed.pieces]
     shapes_found = {entry.expr: entry for one in made for entry in one.constraints}
     return Explanation(
         model=call.name,
@@ -290,5 +293,13 @@ def _explain(call: BuildCall, made: list[Specialised]) -> Explanation:
         custom_ops=tuple(op for one in made for op in one.custom_ops),
         notes=tuple(
             dict.fromkeys(note for one in made for part in one.pieces for piece in part for note in piece.notes)
+        ),
+        pending=()
+        if call.target.runs
+        else pending(
+            call.target,
+            (merged for one in made for merged in one.passed.merged),
+            (shape for graph in graphs for shape in linear_shapes(graph, call.target)),
+            uses_own_ops=any(map(uses_own_ops, graphs)),
         ),
     )

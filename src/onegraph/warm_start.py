@@ -41,6 +41,7 @@ from onegraph.ir.target import Target
 from onegraph.kept_artifacts import load_kept
 from onegraph.linear_kernels import choose_kernels_for
 from onegraph.op_kernels import install_op_kernels
+from onegraph.pending import pending
 from onegraph.plan.function import failed_piece, plan_function, region_finder
 from onegraph.plan.memory import size_names
 from onegraph.plan.slots import allocate_slots
@@ -199,7 +200,7 @@ def _built(
         tell_edits(store.root, ((index, piece.facts) for index, piece in pieces), are_used=False)
     entry = first.trace.call.contract.bind([(one.record.region.predicate, one.call) for one in regions])
     slots = functools.partial(allocate_slots, first.record.trace.sized, first.record.trace.dims)
-    explanation = _explanation(record, call.name, call.config, notes)
+    explanation = replace(_explanation(record, call.name, call.config, notes), pending=_pending(record, call.target))
     return without_call.with_checks(
         Built(entry, explanation, fallback=fall_back, failed_piece=failed_piece, slots=slots),
         (read for one in regions for read in one.trace.call.state),
@@ -235,7 +236,7 @@ def _revived(record: RegionRecord, trace: RevivedTrace, call: BuildCall) -> Revi
     owned, target = call.owned, call.target
     assert call.store is not None
     trace_text("captured_graph", lambda: zlib.decompress(record.graph).decode())
-    if owned is not None and record.groups:
+    if owned is not None and record.groups and target.runs:
         survey = owned.survey(target.required_alignment)
         for group in record.groups:
             why = survey.why_not([trace.weights[index] for index in group])
@@ -248,7 +249,7 @@ def _revived(record: RegionRecord, trace: RevivedTrace, call: BuildCall) -> Revi
     sizes = size_names(record.plan, calls) if call.config.plan_memory else None
     run = plan_function(record.plan, calls, finder, sizes)
     groups = None
-    if owned is not None:
+    if owned is not None and target.runs:
         groups = bind_groups(owned, trace.weights, record.groups, target.required_alignment)
     mutates_inputs = any(piece.facts.mutates_inputs for pieces in record.pieces for piece in pieces)
     tensors = [index for index, is_tensor in enumerate(record.trace.is_tensor) if is_tensor and mutates_inputs]
@@ -299,6 +300,14 @@ def _explanation(record: BuildRecord, name: str, config: ResolvedConfig, notes: 
     return replace(
         record.explanation, model=name, config=config.to_dict(), pieces=pieces, notes=notes, index=held, checks=()
     )
+
+
+def _pending(record: BuildRecord, target: Target) -> tuple[str, ...]:
+    """As `pending`, of a recorded build."""
+    if target.runs:
+        return ()
+    merged = (one for region in record.regions for one in region.merged)
+    return pending(target, merged, record.linears, uses_own_ops=record.uses_own_ops)
 
 
 class Example:

@@ -11,7 +11,7 @@ import importlib.util
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,7 +134,7 @@ def revive_trace(
         raise TraceDiffersError(f"there is no global {missing[0]}")
     inputs = read_call(call_signature(module), args, kwargs, dynamic_shapes, max_size, sizing=None)
     if inputs.dims != record.dims:
-        raise TraceDiffersError("other dims are declared")
+        raise TraceDiffersError(_other_dims(record.dims, inputs.dims))
     places = weight_places(function, owner)
     if any(name not in places for name, _ in record.weights):
         raise TraceDiffersError("the module has other weights")
@@ -167,6 +167,18 @@ def revive_trace(
     return RevivedTrace(weights, call)
 
 
+def first_other_weight(recorded: Sequence[tuple[str, str]], module: Any) -> str:
+    """The first of a trace's weights, with their facts, that the module hasn't, or has of another kind, in words."""
+    places = weight_places(*traced_function(module))
+    for name, facts in recorded:
+        if name not in places:
+            return f"the module has no {name}"
+        ((_, now),) = _weight_facts((WeightInput(name, *places[name]),))
+        if now != facts:
+            return f"{name} was {facts}, is {now}"
+    return "the module has other tensors"
+
+
 def _first_line(error: Exception) -> str:
     """The message, of another error than ours with its type."""
     text = str(error).partition("\n")[0]
@@ -191,6 +203,17 @@ def _compare(now: tuple[tuple[str, str, str], ...], then: tuple[tuple[str, str, 
             told = f"{name} was {before}" + (f", and is {value}" if what == name and value != before else "")
             raise TraceDiffersError(told, same)
     raise TraceDiffersError(f"{len(now)} values are read, and {len(then)} were")
+
+
+def _other_dims(was: tuple[DynamicDim, ...], now: tuple[DynamicDim, ...]) -> str:
+    """The declared ranges that differ, in words."""
+    before, after = ({dim.name: f"{dim.min}..{dim.max}" for dim in dims} for dims in (was, now))
+    told = [
+        f"{name} was {before.get(name, 'not declared')}, and is {after.get(name, 'not declared')}"
+        for name in dict.fromkeys((*before, *after))
+        if before.get(name) != after.get(name)
+    ]
+    return f"declared sizes differ: {'; '.join(told)}" if told else "other dims are declared"
 
 
 def _other_call(call: CapturedCall, record: TraceRecord) -> str:

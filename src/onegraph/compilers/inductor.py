@@ -104,7 +104,7 @@ def _generated(
     for op in ops_with_out():
         lower_to_out(op)
     try:
-        with contextlib.nullcontext() if tuning is None else choosing(tuning.choose):
+        with contextlib.nullcontext() if tuning is None else choosing(tuning.choose), target.compiling():
             return inductor.compile_graph(graph_module, inputs, piece.fake_mode, options, target.device_types)
     except OnegraphError:
         raise

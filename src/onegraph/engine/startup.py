@@ -1,17 +1,15 @@
 """From a configuration to an engine that is ready: load the weights, size the cache, compile, assemble.
 
 Takes: an `EngineConfig`. Gives: a `Started` with the engine, the loaded and the compiled model, and what each
-stage took. This is the one place where an engine's model is compiled.
+stage took. This is the one place where an engine's model is compiled; `ahead_of_time` does it without starting one.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
-
-from tqdm import tqdm
+from typing import Any
 
 from onegraph import api
 from onegraph.compiled import CompiledModel
@@ -20,13 +18,15 @@ from onegraph.engine.assemble import assemble_engine
 from onegraph.engine.engine import Engine
 from onegraph.engine.kv_cache import LayerKV
 from onegraph.engine.limits import Limits, resolve_limits
+from onegraph.engine.progress import Progress, bar
 from onegraph.engine.text import Text
 from onegraph.explanation import Explanation
 from onegraph.garbage import collected_later
+from onegraph.ir.target import Target
 from onegraph.models import BUILTIN_MODEL, LoadedModel, load_model
 from onegraph.op_kernels import OpKernels, install_op_kernels, op_kernels_begun
 from onegraph.store.lookup import Lookup
-from onegraph.targets import describe_device, resolve_device, target_for
+from onegraph.targets import describe_target, resolve_device, target_for
 
 WARM_UP_TOKENS = 16
 """Rows of the example that the model is captured on; any number would do, since sizes never reach the compiler."""
@@ -36,7 +36,7 @@ NOT_ASKED = OpKernels(True, "off", "not asked for", 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A ready engine and what it was made of; `device` is a torch device type.
+    """A ready engine and what it was made of; `target` is what its model was compiled for.
 
     `load_s` and `compile_s` are the seconds of the two stages.
     """
@@ -47,16 +47,17 @@ class Started:
     op_kernels: OpKernels
     limits: Limits
     config: EngineConfig
-    device: str
+    target: Target
     load_s: float
     compile_s: float
 
     def explain(self) -> Explanation:
         """How the model was compiled, for which device, and what its attention was lowered to."""
         explanation = self.compiled.explain()
-        device = describe_device(self.device)
         return replace(
-            explanation, device=device, notes=tuple(dict.fromkeys((*explanation.notes, *self.op_kernels.notes)))
+            explanation,
+            device=describe_target(self.target),
+            notes=tuple(dict.fromkeys((*explanation.notes, *self.op_kernels.notes))),
         )
 
 
@@ -70,7 +71,9 @@ def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
     """
     began = time.perf_counter()
     device = resolve_device(config.device)
-    with _bar("weights", 3) as progress:
+    saved = None if config.artifact is None else api.open_saved(Path(config.artifact))
+    target = target_for(device) if saved is None else saved.target(device)  # refuses before weights are read
+    with bar("weights", 3) as progress:
         model = load_model(
             config.model or BUILTIN_MODEL,
             dtype=config.dtype,
@@ -78,47 +81,67 @@ def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
             trust_remote_code=config.trust_remote_code,
             progress=progress,
         )
-    saved = None if config.artifact is None else api.open_saved(Path(config.artifact))
-    store = api.open_store() if lookup is None else lookup
-    target, store = target_for(device), store if saved is None else saved.store
-    layers = [LayerKV(model.kv.num_kv_heads, model.kv.head_dim, model.kv.dtype)] * model.kv.num_layers
+    store = lookup or (api.open_store() if saved is None else saved.store)
+    layers = layers_of(model)
     limits = resolve_limits(
         config, model_len=model.max_model_len, layers=layers, available_bytes=target.available_bytes
     )
     loaded = time.perf_counter()
     begun = op_kernels_begun(target, store) if lookup is None else nullcontext()
-    with _bar("compile", 6) as progress, begun:
-        compiled = api.compile(
-            model.module,
-            dynamic_shapes=model.module.dynamic_shapes(
-                limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_blocks_per_seq, len(layers)
-            ),
-            config=config.compilation_config,
-            enforce_eager=config.enforce_eager,
-            name=model.name,
-            own_module=True,
-            own_weights=True,
-            observer=lambda stage, seconds, detail="": progress(stage, detail) if seconds is None else None,
-            lookup=lookup,
-            saved=saved,
-        )
-        engine = assemble_engine(
-            compiled,
-            layers=layers,
-            limits=limits,
-            text=Text(model.tokenizer),
-            vocab_size=vocab_size(model.config),
-            eos_token_ids=eos_token_ids(model),
-            target=target,
-            enable_prefix_caching=config.enable_prefix_caching,
-            seed=config.seed,
-        )
-        engine.warm_up(min(WARM_UP_TOKENS, limits.max_num_batched_tokens))
+    with bar("compile", 6) as progress, begun:
+        compiled, engine = compiled_engine(config, model, layers, limits, target, progress, lookup=lookup, saved=saved)
         progress("attention kernel")
         op_kernels = NOT_ASKED if lookup is not None else install_op_kernels(target, store)
     return Started(
-        engine, model, compiled, op_kernels, limits, config, device, loaded - began, time.perf_counter() - loaded
+        engine, model, compiled, op_kernels, limits, config, target, loaded - began, time.perf_counter() - loaded
     )
+
+
+def layers_of(model: LoadedModel) -> list[LayerKV]:
+    """What each layer of a model keeps of a token."""
+    return [LayerKV(model.kv.num_kv_heads, model.kv.head_dim, model.kv.dtype)] * model.kv.num_layers
+
+
+def compiled_engine(
+    config: EngineConfig,
+    model: LoadedModel,
+    layers: Sequence[LayerKV],
+    limits: Limits,
+    target: Target,
+    progress: Progress,
+    *,
+    lookup: Lookup | None = None,
+    saved: api.Saved | None = None,
+) -> tuple[CompiledModel, Engine]:
+    """The model compiled for the calls of an engine, and that engine. Raises what compiling raises."""
+    compiled = api.compiled_model(
+        model.module,
+        dynamic_shapes=model.module.dynamic_shapes(
+            limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_blocks_per_seq, len(layers)
+        ),
+        config=config.compilation_config,
+        enforce_eager=config.enforce_eager,
+        name=model.name,
+        own_module=True,
+        own_weights=True,
+        observer=lambda stage, seconds, detail="": progress(stage, detail) if seconds is None else None,
+        lookup=lookup,
+        saved=saved,
+        target=target,
+    )
+    engine = assemble_engine(
+        compiled,
+        layers=layers,
+        limits=limits,
+        text=Text(model.tokenizer),
+        vocab_size=vocab_size(model.config),
+        eos_token_ids=eos_token_ids(model),
+        target=target,
+        enable_prefix_caching=config.enable_prefix_caching,
+        seed=config.seed,
+    )
+    engine.warm_up(min(WARM_UP_TOKENS, limits.max_num_batched_tokens))
+    return compiled, engine
 
 
 def vocab_size(config: Any) -> int:
@@ -136,24 +159,3 @@ def eos_token_ids(model: LoadedModel) -> frozenset[int]:
         if ids is not None:
             return frozenset(ids if isinstance(ids, list | tuple) else [ids])
     return frozenset()
-
-
-class Progress(Protocol):
-    """Told each step as it begins, and how far it is."""
-
-    def __call__(self, step: str, detail: str = "") -> None: ...
-
-
-@contextmanager
-def _bar(title: str, num_steps: int) -> Iterator[Progress]:
-    """A bar for one stage of the start; for terminals only."""
-    with tqdm(desc=title, total=num_steps, unit="step", disable=None, leave=False) as bar:
-        begun: list[str] = []
-
-        def tell(step: str, detail: str = "") -> None:
-            if begun[-1:] != [step]:
-                bar.update(1 if begun else 0)  # the step before is done
-                begun.append(step)
-            bar.set_postfix_str(f"{step}, {detail}" if detail else step)
-
-        yield tell

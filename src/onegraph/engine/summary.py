@@ -7,7 +7,7 @@ from onegraph.api import open_store
 from onegraph.engine.startup import Started
 from onegraph.env import environment
 from onegraph.op_kernels import OpKernels
-from onegraph.targets import describe_device
+from onegraph.targets import describe_target
 
 
 def summarise(started: Started) -> str:
@@ -22,7 +22,7 @@ def summarise(started: Started) -> str:
     lines = [
         f"model     {model.name}: {_count(model.num_parameters)} parameters, {_dtype(model.kv.dtype)}, "
         f"{_size(model.weight_bytes)} of weights",
-        f"device    {describe_device(started.device)}",
+        f"device    {describe_target(started.target)}",
         f"KV cache  {limits.kv_cache}",
         f"limits    {limits.max_model_len} tokens a text, {limits.max_num_seqs} sequences and "
         f"{limits.max_num_batched_tokens} tokens a step",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,6 +42,16 @@ class KernelBuild(Protocol):
         ...
 
 
+class NotLoaded(dict[str, Any]):
+    """Kernels by name that are for another process: each can be bound, and none called."""
+
+    def __missing__(self, name: str) -> Callable[..., Any]:
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            raise AssertionError(f"the kernel {name} was called where it was only compiled")
+
+        return kernel
+
+
 class Target(Protocol):
     """A kind of device."""
 
@@ -55,6 +66,9 @@ class Target(Protocol):
     """What passes may rely on, by name, such as `linear_kernels`."""
     plans_memory: bool
     """Whether intermediate values can have places in a block of memory that calls share, instead of an allocator's."""
+    runs: bool
+    """Whether code is loaded and run in this process; else it is made for a later one, maybe on another machine, and
+    whatever needs code that runs, or the values of weights, is left to that one."""
 
     def fingerprint(self) -> dict[str, Any]:
         """What of the machine is baked into kernels: ISA, threads. JSON-able, part of every key."""
@@ -76,6 +90,10 @@ class Target(Protocol):
         """Inductor options that this target always sets; part of every key."""
         ...
 
+    def compiling(self) -> AbstractContextManager[None]:
+        """Inside, Inductor writes kernels for this target's machine, if that is another one than this."""
+        ...
+
     def check_toolchain(self) -> None:
         """Raises CompileError, with what to install, where kernels can't be built."""
         ...
@@ -85,7 +103,7 @@ class Target(Protocol):
         ...
 
     def load_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Any]:
-        """Loads what `start_build` made; gives a callable for each kernel name."""
+        """Loads what `start_build` made; gives a callable for each kernel name, or `NotLoaded` if it doesn't run."""
         ...
 
     def kernel_sources(self, files: Mapping[str, Path], names: Mapping[str, str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from onegraph.models.attention import ATTENTION, register
 from onegraph.models.experts import experts_argument, register_experts
 from onegraph.models.flat_model import FlatModel
 from onegraph.models.rotary import fix_frequencies
+from onegraph.models.without_weights import Zeros, without_weights
 
 log = get_logger(__name__)
 
@@ -60,8 +61,12 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     progress: Callable[[str], Any] | None = None,
+    zeros: Zeros | None = None,
 ) -> LoadedModel:
     """Loads a decoder-only model. `progress` is told the name of each step when it begins.
+
+    With `zeros`, which makes a tensor of a shape and dtype, no weights are read: zeros that it makes stand in their
+    places, and the files needn't be there.
 
     `dtype` "auto" is the checkpoint's. Python code that comes with a model runs only with `trust_remote_code`.
     Raises ModelError: nothing there, an architecture that isn't supported, weights that the files don't hold.
@@ -79,22 +84,22 @@ def load_model(
         where, "tokenizer", lambda: AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     )
     step("weights")
+    settings = {"dtype": wanted, "attn_implementation": ATTENTION, "trust_remote_code": trust_remote_code}
+    settings |= experts_argument(config)
     with _QuietTransformers():
-        model, found = _read(
-            where,
-            "weights",
-            lambda: AutoModelForCausalLM.from_pretrained(
+        if zeros is not None:
+            model, found = _read(where, "model", lambda: without_weights(where, config, settings, device, zeros))
+        else:
+            model, found = _read(
                 where,
-                config=config,
-                dtype=wanted,
-                attn_implementation=ATTENTION,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **experts_argument(config),
-            ),
-        )
+                "weights",
+                lambda: AutoModelForCausalLM.from_pretrained(
+                    where, config=config, output_loading_info=True, **settings
+                ),
+            )
+            model = model.to(device)
     _check_complete(where, found)
-    model = model.to(device).eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
     parameters = list(model.parameters())
     max_model_len, fixed_to = max_positions(config), fix_frequencies(model)
     if fixed_to is not None and fixed_to < max_model_len:
@@ -144,7 +149,7 @@ def _dtype(dtype: str | torch.dtype) -> Any:
 def _read(where: str, what: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except ModelError:
+    except (ModelError, ConfigError):
         raise
     except Exception as error:
         folder = Path(where)

@@ -20,6 +20,7 @@ ABSENT = "(absent)"
 _COMPARED_GRAPHS = 32
 """So many graphs are read to find the most similar one."""
 _TOLD = 3
+_LONG = 100
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Difference:
         return {"field": self.field, "was": self.was, "is": self.now}
 
     def __str__(self) -> str:
+        if isinstance(self.was, str) and isinstance(self.now, str) and max(len(self.was), len(self.now)) > _LONG:
+            return f"{self.field}: {_other_words(self.was.split(), self.now.split())}"
         return f"{self.field}: was {_short(self.was)}, is {_short(self.now)}"
 
 
@@ -99,4 +102,12 @@ def _but_graph(factors: Mapping[str, Any]) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     text = value if value == ABSENT else repr(value)
-    return text if len(text) <= 100 else f"{text[:99]}…"
+    return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
+
+
+def _other_words(was: Sequence[str], now: Sequence[str]) -> str:
+    """How a long list of words, such as the flags of a CPU, has changed."""
+    lost = " ".join(word for word in was if word not in now)
+    more = " ".join(word for word in now if word not in was)
+    told = [f"{what} {_short(words)}" for what, words in (("lacks", lost), ("has also", more)) if words]
+    return ", and ".join(told) or "is in another order"

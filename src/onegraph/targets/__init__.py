@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from onegraph.config.compilation import CUDAGraphMode
 from onegraph.config.resolve import DeviceRules
 from onegraph.errors import ConfigError, nearest
 from onegraph.ir.target import Target
+from onegraph.targets.cpu.march import NAMES, march_named
+
+if TYPE_CHECKING:
+    import torch
 
 DEVICES = ("auto", "cpu", "cuda")
 """What a `device` setting can be."""
+MARCHES = NAMES
+"""What `--march` can be."""
 
 
 def target_for(device_type: str) -> Target:
@@ -28,6 +35,43 @@ def target_for(device_type: str) -> Target:
         where="the module's parameters and inputs",
         hint="move the module to the CPU or to a CUDA device, or run it as it is with -O.mode=NONE",
     )
+
+
+def target_like(device_type: str, fingerprint: Mapping[str, Any]) -> Target:
+    """The target that loads code of this fingerprint, if it runs here; else that of `target_for`, which differs."""
+    if device_type == "cpu":
+        from onegraph.targets.cpu.target import CpuTarget
+
+        return CpuTarget.like(fingerprint)
+    return target_for(device_type)
+
+
+def target_to_compile_for(device_type: str, march: str | None) -> Target:
+    """A target that compiles for another process, and loads nothing in this one. `march` names a CPU's instructions.
+
+    Raises ConfigError for an unknown `march`, and for one with a device whose kernels have none.
+    """
+    instructions = march_named(march)
+    if device_type == "cpu":
+        from onegraph.targets.cpu.target import CpuTarget
+
+        return CpuTarget(instructions, runs=False)
+    if device_type == "cuda":
+        from onegraph.targets.cuda.target import CudaTarget
+
+        if instructions is not None:
+            raise ConfigError(
+                f"march={march!r} is of a CPU, and kernels for {device_type} are compiled for the GPU that is here",
+                where="--march",
+                hint="leave it out, or give --device cpu",
+            )
+        return CudaTarget(runs=False)
+    return target_for(device_type)
+
+
+def host_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in the host's memory, which take none of it before they are written. Raises MemoryError."""
+    return target_for("cpu").zeros(shape, dtype)
 
 
 def common_device(device_types: Iterable[str]) -> str:
@@ -62,8 +106,17 @@ def describe_device(device_type: str) -> str:
         return device.description()
     from onegraph.targets.cpu.target import CpuTarget
 
-    facts = CpuTarget().fingerprint()
-    return f"CPU, {facts['isa']}, {facts['threads']} threads"
+    return _described(CpuTarget().fingerprint())
+
+
+def describe_target(target: Target) -> str:
+    """As `describe_device`, of the machine that a target compiles for."""
+    return _described(target.fingerprint()) if target.name == "cpu" else describe_device(target.name)
+
+
+def _described(facts: Mapping[str, Any]) -> str:
+    march = f" ({facts['march']})" if "march" in facts else ""
+    return f"CPU, {facts['isa']}{march}, {facts['threads']} threads"
 
 
 def device_rules(device_type: str) -> DeviceRules:

@@ -7,13 +7,20 @@ import functools
 import shlex
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch._inductor.config
 from torch._inductor import cpp_builder, cpu_vec_isa
+
+_VECTORS: Mapping[str, tuple[type[cpu_vec_isa.VecISA], ...]] = {
+    "avx2": (cpu_vec_isa.VecAVX2,),
+    "avx512": (cpu_vec_isa.VecAVX512, cpu_vec_isa.VecAVX2),
+    "amx": (cpu_vec_isa.VecAMX, cpu_vec_isa.VecAVX2),
+}
+"""By name, the widest first; `cpp.simdlen` chooses another."""
 
 
 class ToolchainMissingError(Exception):
@@ -38,6 +45,34 @@ def toolchain_as_declared() -> Iterator[None]:
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", "Can't find Python.h")
+        yield
+
+
+@contextlib.contextmanager
+def compiling_for(vectors: str, flags: Sequence[str]) -> Iterator[None]:
+    """Inside, Inductor writes kernels for a CPU with these vectors, compiled with these flags: it doesn't ask this one.
+
+    It would take scalars for vectors that this CPU hasn't, and add flags for what it has. The tests of `__bool__` and
+    the flags of its own vectors are of this CPU (torch 2.13).
+    """
+    given = " ".join(flags)
+
+    def declared(base: type[cpu_vec_isa.VecISA]) -> cpu_vec_isa.VecISA:
+        members = {
+            "__bool__": lambda self: True,
+            "build_arch_flags": lambda self: given,
+            "_is_avx512_bf16_supported": "-mavx512bf16" in flags,
+        }
+        made: cpu_vec_isa.VecISA = type(base.__name__, (base,), members)()
+        return made
+
+    known = [declared(base) for base in _VECTORS[vectors]]
+
+    def pick() -> cpu_vec_isa.VecISA:
+        asked = torch._inductor.config.cpp.simdlen
+        return next((isa for isa in known if asked in (None, isa.bit_width())), cpu_vec_isa.invalid_vec_isa)
+
+    with mock.patch.object(cpu_vec_isa, "pick_vec_isa", pick):
         yield
 
 
@@ -69,11 +104,20 @@ def compiler_version(command: str) -> str:
     return output.stdout.splitlines()[0].strip()
 
 
-def compile_command(sources: list[str], name: str, output_dir: Path) -> tuple[list[str], Path]:
-    """The command that builds a shared library of kernels from C++ sources, and the library's path."""
+def compile_command(
+    sources: list[str], name: str, output_dir: Path, machine_flags: Sequence[str] = ()
+) -> tuple[list[str], Path]:
+    """The command that builds a shared library of kernels from C++ sources, and the library's path.
+
+    `machine_flags`, if there are any, stand for those of this CPU; then it must be called inside `compiling_for`.
+    """
     with toolchain_as_declared():
         options = cpp_builder.CppTorchDeviceOptions(
             vec_isa=cpu_vec_isa.pick_vec_isa(), include_pytorch=False, shared=True, device_type="cpu"
         )
         builder = cpp_builder.CppBuilder(name=name, sources=sources, BuildOption=options, output_dir=str(output_dir))
-    return shlex.split(builder.get_command_line()), Path(builder.get_target_file_path())
+    words = shlex.split(builder.get_command_line())
+    if machine_flags:
+        own = [word for word in words if not word.startswith(("-march=", "-mtune=", "-mcpu="))]
+        words = [own[0], *machine_flags, *own[1:]]
+    return words, Path(builder.get_target_file_path())

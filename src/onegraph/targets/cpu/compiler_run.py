@@ -16,9 +16,12 @@ _ERRORS = "errors.txt"
 
 
 class CompilerRun:
-    """Compiles C++ text to a shared library; `where` says of what, in an error. Raises CompileError when made, too."""
+    """Compiles C++ text to a shared library; `where` says of what, in an error. Raises CompileError when made, too.
 
-    def __init__(self, text: str, flags: Sequence[str], where: str) -> None:
+    `machine_flags` are as for `toolchain.compile_command`.
+    """
+
+    def __init__(self, text: str, flags: Sequence[str], where: str, machine_flags: Sequence[str] = ()) -> None:
         self._text, self._where = text, where
         try:
             self._folder = tempfile.TemporaryDirectory(prefix="onegraph-build-")
@@ -31,7 +34,7 @@ class CompilerRun:
             ) from error
         from onegraph.torch_compat import toolchain  # imports Inductor, which takes a second
 
-        command, self._library = toolchain.compile_command([str(folder / SOURCE)], "kernels", folder)
+        command, self._library = toolchain.compile_command([str(folder / SOURCE)], "kernels", folder, machine_flags)
         counters.add("gxx_runs")
         try:
             with errors:

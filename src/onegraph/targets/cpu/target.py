@@ -7,22 +7,27 @@ import importlib.machinery
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from onegraph.errors import CompileError
-from onegraph.ir.target import KernelBuild, KernelSource
+from onegraph.ir.target import KernelBuild, KernelSource, NotLoaded
 from onegraph.targets.cpu import memory, own_ops
 from onegraph.targets.cpu.compiler_run import LIBRARY, SOURCE, CompilerRun, NothingToBuild, no_compiler
 from onegraph.targets.cpu.library import MODULE, library_source, only_kernels
+from onegraph.targets.cpu.march import MARCHES, March
 from onegraph.torch_compat import cpu_facts
 from onegraph.torch_compat.changed_config import cpp_settings
 
 
 class CpuTarget:
-    """Kernels are C++ for the native instruction set, with OpenMP over the number of threads at compile time."""
+    """Kernels are C++ with OpenMP over the number of threads at compile time.
+
+    They are for the native instruction set, or those of `march`, which may be another CPU's if the target doesn't run.
+    """
 
     name = "cpu"
     dispatch_key = "CPU"
@@ -31,15 +36,29 @@ class CpuTarget:
     facts: frozenset[str] = frozenset({"linear_kernels", "rotary_kernel"})
     plans_memory = True
 
+    def __init__(self, march: March | None = None, *, runs: bool = True) -> None:
+        self._march = march
+        self.runs = runs
+
+    @classmethod
+    def like(cls, fingerprint: Mapping[str, Any]) -> CpuTarget:
+        """The target whose code a fingerprint describes, where this CPU has what that needs; else the native one."""
+        march = MARCHES.get(str(fingerprint.get("march")))
+        fits = march is not None and not march.missing(cpu_facts.cpu_flags())
+        return cls(march if fits else None)
+
     def fingerprint(self) -> dict[str, Any]:
         """What the CPU can do, and the number of threads: both are baked into the code. Runs no compiler.
 
         The compiler isn't part of it: what it made runs as well on a host that has another one, or none.
         """
+        march, threads = self._march, torch.get_num_threads()
+        if march is not None:
+            return {"march": march.name, "isa": march.isa, "cpu_flags": march.cpu_flags, "threads": threads}
         return {
             "isa": torch.backends.cpu.get_cpu_capability(),
             "cpu_flags": cpu_facts.cpu_flags(),
-            "threads": torch.get_num_threads(),
+            "threads": threads,
         }
 
     def required_alignment(self, itemsize: int) -> int:
@@ -58,14 +77,29 @@ class CpuTarget:
         """The instruction set is believed as declared, instead of probed by compiling test programs."""
         return {"cpp.vec_isa_ok": True, "force_disable_caches": True}
 
+    def compiling(self) -> AbstractContextManager[None]:
+        """Inductor asks this CPU for its vectors, if it isn't told."""
+        if self._march is None:
+            return nullcontext()
+        from onegraph.torch_compat import toolchain
+
+        return toolchain.compiling_for(self._march.vectors, self._march.compiler_flags)
+
     def check_toolchain(self) -> None:
-        """Raises CompileError where no C++ compiler answers."""
+        """Raises CompileError where no C++ compiler answers, and for one that doesn't know the instruction set."""
         from onegraph.torch_compat import toolchain  # imports Inductor, which takes a second
 
         try:
-            toolchain.compiler_version(toolchain.cpp_compiler())
+            compiler = toolchain.cpp_compiler()
+            toolchain.compiler_version(compiler)
         except toolchain.ToolchainMissingError as error:
             raise no_compiler(error) from error
+        if self._march is not None and not toolchain.accepts(compiler, " ".join(self._march.compiler_flags)):
+            raise CompileError(
+                f"{compiler} doesn't take {' '.join(self._march.compiler_flags)}",
+                where=f"compiling for {self._march.name}",
+                hint="install a newer g++ (12 knows all), name another CPU, or leave --march out",
+            )
 
     def start_build(self, kernels: Sequence[KernelSource]) -> KernelBuild:
         """One library of all kernels; no files for a piece without kernels. Raises CompileError."""
@@ -91,12 +125,13 @@ class CpuTarget:
 
     def op_kernel_factors(self) -> dict[str, Any]:
         """Source, flags with what torch derives more of them from, and the machine; not the number of threads."""
+        march = self._march
         return {
             "source": hashlib.sha256(own_ops.library_source().encode()).hexdigest(),
-            "flags": list(own_ops.FLAGS),
+            "flags": [*own_ops.FLAGS, *(() if march is None else march.compiler_flags)],
             "torch": torch.__version__,
             "inductor": cpp_settings(),
-            "cpu_flags": cpu_facts.cpu_flags(),
+            "cpu_flags": cpu_facts.cpu_flags() if march is None else march.cpu_flags,
         }
 
     def start_op_kernels_build(self) -> KernelBuild:
@@ -109,12 +144,15 @@ class CpuTarget:
 
     def _start(self, text: str, where: str, flags: Sequence[str] = ()) -> KernelBuild:
         self.check_toolchain()
-        return CompilerRun(text, flags, where)
+        with self.compiling():
+            return CompilerRun(text, flags, where, () if self._march is None else self._march.compiler_flags)
 
     def load_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Any]:
         """The library's functions by kernel name; an empty mapping where a piece has no kernels."""
         if LIBRARY not in files:
             return {}
+        if not self.runs:
+            return NotLoaded()
         # The loader finds PyInit_<last part of the name>; the first part keeps libraries apart in tracebacks.
         loader = importlib.machinery.ExtensionFileLoader(f"onegraph_artifact.{MODULE}", str(files[LIBRARY]))
         spec = importlib.util.spec_from_loader(loader.name, loader, origin=str(files[LIBRARY]))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from onegraph.errors import CompileError
-from onegraph.ir.target import KernelBuild, KernelSource
+from onegraph.ir.target import KernelBuild, KernelSource, NotLoaded
 from onegraph.targets.cpu.compiler_run import NothingToBuild
 from onegraph.targets.cpu.target import CpuTarget
 from onegraph.targets.cuda import attention
@@ -31,8 +32,9 @@ class CudaTarget:
     facts: frozenset[str] = frozenset()
     plans_memory = False
 
-    def __init__(self) -> None:
-        self._cpu = CpuTarget()
+    def __init__(self, *, runs: bool = True) -> None:
+        self._cpu = CpuTarget(runs=runs)
+        self.runs = runs
 
     def fingerprint(self) -> dict[str, Any]:
         """The GPU, and the toolkit and Triton that compile for it; the CPU too, since pieces may run on both."""
@@ -75,6 +77,10 @@ class CudaTarget:
             "compile_threads": 1,
         }
 
+    def compiling(self) -> AbstractContextManager[None]:
+        """Inductor asks the current device, which is the one that it is compiled for."""
+        return self._cpu.compiling()
+
     def check_toolchain(self) -> None:
         """Raises CompileError where Triton can't compile for a GPU here."""
         problem = triton_kernels.problem()
@@ -94,6 +100,8 @@ class CudaTarget:
 
     def load_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Any]:
         """Triton's kernels as Inductor's runtime launches them, and C++ functions."""
+        if not self.runs:
+            return NotLoaded()
         return {**self._cpu.load_kernels(files), **load_triton_kernels(files)}
 
     def kernel_sources(self, files: Mapping[str, Path], names: Mapping[str, str]) -> dict[str, str]:
