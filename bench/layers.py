@@ -23,7 +23,7 @@ from bench.__main__ import RESULTS, environment
 from bench.figures import summary
 from bench.models import SHAPES, make_model
 
-KEPT = ("seconds", "cpu_seconds", "capture", "compile or load")
+KEPT = ("seconds", "cpu_seconds", "index", "capture", "compile or load")
 
 
 def measure_once(folder: str, split: bool, began: float) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def measure_once(folder: str, split: bool, began: float) -> dict[str, Any]:
         "cpu_seconds": sum(os.times()[:4]),  # with those of the C++ compiler
         "start": explained.start,
         "artifacts": len(distinct),
-        **dict.fromkeys(("capture", "compile or load"), 0.0),  # nothing of it where the index has the build
+        **dict.fromkeys(KEPT[3:], 0.0),  # nothing of it where the index has the build
         **{name: took for name, took in explained.stages if name in KEPT},
     }
 
@@ -90,10 +90,11 @@ def main() -> int:
             **{name: summary([one[name] for one in results]) for name in KEPT},
         }
     out.write_text(json.dumps(facts, indent=1) + "\n")
-    print(f"{'median s':<28}{'start to token':>16}{'CPU':>8}{'capture':>10}{'compile or load':>18}{'artifacts':>11}")
+    titles = ("start to token", "CPU", *KEPT[2:], "artifacts")
+    print(f"{'median s':<28}" + "".join(f"{one:>17}" for one in titles))
     for title, one in facts["starts"].items():
         cells = [one[name]["median"] for name in KEPT]
-        print(f"{title:<28}{cells[0]:>16.1f}{cells[1]:>8.1f}{cells[2]:>10.1f}{cells[3]:>18.1f}{one['artifacts']:>11}")
+        print(f"{title:<28}" + "".join(f"{cell:>17.2f}" for cell in cells) + f"{one['artifacts']:>17}")
     print(f"written: {out}")
     return 0
 
