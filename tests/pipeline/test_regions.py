@@ -257,6 +257,13 @@ def test_a_dim_whose_name_conditions_use_is_refused(name: str) -> None:
         compiled(branch, dynamic_shapes={"x": {0: Dim(name, min=1, max=9)}})(torch.ones(3, 2))
 
 
+def test_samples_are_no_larger_than_they_must_be() -> None:
+    """Memory is allocated for them."""
+    dims = (DynamicDim("n", 1, 2**31 - 1), DynamicDim("m", 1, 64))
+    assert dict(next_sizes(dims, ["n >= 2 and m >= 2"]) or ()) == {"n": 8192, "m": 1}
+    assert dict(next_sizes(dims, ["n < 10000"]) or ())["n"] >= 10000
+
+
 def test_a_size_whose_samples_make_no_progress_is_refused() -> None:
     dims = (DynamicDim("n", 1, 10),)
     assert next_sizes(dims, ["n >= 1"]) is None

@@ -87,13 +87,20 @@ def holds(predicate: str, dims: Sequence[DynamicDim]) -> Callable[[tuple[int, ..
 
 
 def next_sizes(dims: Sequence[DynamicDim], predicates: Iterable[str]) -> tuple[tuple[str, int], ...] | None:
-    """Sizes that no predicate holds for, the largest first and those with a 0 or 1 last; None if all are covered."""
+    """Sizes that no predicate holds for, the largest first and those with a 0 or 1 last; None if all are covered.
+
+    Memory is allocated for them: a dim isn't larger than its first sample where a smaller one tells as much.
+    """
     checks = [holds(predicate, dims) for predicate in predicates]
     numbers = {int(number) for predicate in predicates for number in re.findall(r"\b\d+\b", predicate)}
     open_sizes = [sizes for sizes in _candidates(dims, numbers) if not any(check(sizes) for check in checks)]
     if not open_sizes:
         return None
     best = max(open_sizes, key=lambda sizes: (min(sizes) >= 2, len(set(sizes)) == len(sizes), sum(sizes)))
+    for index, dim in enumerate(dims):
+        smaller = (*best[:index], min(best[index], first_size(dim, index)), *best[index + 1 :])
+        if len(set(smaller)) >= len(set(best)) and not any(check(smaller) for check in checks):
+            best = smaller
     return tuple((dim.name, size) for dim, size in zip(dims, best, strict=True))
 
 

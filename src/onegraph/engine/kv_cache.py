@@ -116,8 +116,9 @@ def allocate_kv_caches(
 
 
 def _allocate(layer: LayerKV, plan: KVCachePlan, zeros: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> Tensor:
+    num_blocks = max(plan.num_blocks, 2)  # the least size of a dim that one graph is for, see FlatModel
     try:
-        return zeros((plan.num_blocks, plan.block_size, layer.num_kv_heads, layer.head_dim), layer.dtype)
+        return zeros((num_blocks, plan.block_size, layer.num_kv_heads, layer.head_dim), layer.dtype)
     except MemoryError as error:
         raise ConfigError(
             f"no memory for the KV cache, {plan}: {error}",

@@ -53,8 +53,9 @@ class FlatModel(torch.nn.Module):
     def dynamic_shapes(max_num_tokens: int, max_num_seqs: int, max_blocks: int, num_layers: int) -> dict[str, Any]:
         """The sizes that change between steps, for `onegraph.compile`, and the KV cache's blocks.
 
-        Those follow the memory that a process finds free: compiled in, they would make each start a cold one. A Dim
-        has at least two sizes, so a limit of one is declared as two; the engine keeps to its limits.
+        Those follow the memory that a process finds free: compiled in, they would make each start a cold one; there
+        are two or more, since torch takes a size of 1 for another graph. A Dim has at least two sizes, so a limit of
+        one is declared as two; the engine keeps to its limits.
         """
 
         def dim(name: str, most: int, least: int = 1) -> Any:
@@ -62,7 +63,7 @@ class FlatModel(torch.nn.Module):
 
         num_tokens = dim("num_tokens", max_num_tokens)
         num_reqs = dim("num_reqs", max_num_seqs)
-        kv_cache = {0: dim("num_kv_blocks", MAX_KV_BLOCKS)}
+        kv_cache = {0: dim("num_kv_blocks", MAX_KV_BLOCKS, least=2)}
         return {
             "input_ids": {0: num_tokens},
             "positions": {0: num_tokens},
