@@ -22,10 +22,12 @@ DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 class Limits:
     """max_model_len: tokens of a prompt and its output. max_num_seqs, max_num_batched_tokens: of one step.
 
+    compiled_model_len: what the model is compiled for, which doesn't go by the memory that is here.
     downgrades: reasons for defaults that were lowered.
     """
 
     max_model_len: int
+    compiled_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
     kv_cache: KVCachePlan
@@ -40,6 +42,11 @@ class Limits:
     def max_blocks_per_seq(self) -> int:
         """KV blocks of the longest sequence."""
         return -(-self.max_model_len // self.block_size)
+
+    @property
+    def compiled_blocks_per_seq(self) -> int:
+        """KV blocks of the longest sequence that the model is compiled for."""
+        return -(-self.compiled_model_len // self.block_size)
 
 
 def resolve_limits(
@@ -85,6 +92,7 @@ def resolve_limits(
         log.info(downgrades[0])
     return Limits(
         max_model_len=max_model_len,
+        compiled_model_len=asked_len or model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS,
         kv_cache=kv_cache,

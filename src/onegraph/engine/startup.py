@@ -117,7 +117,7 @@ def compiled_engine(
     compiled = api.compiled_model(
         model.module,
         dynamic_shapes=model.module.dynamic_shapes(
-            limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_blocks_per_seq, len(layers)
+            limits.max_num_batched_tokens, limits.max_num_seqs, limits.compiled_blocks_per_seq, len(layers)
         ),
         config=config.compilation_config,
         enforce_eager=config.enforce_eager,

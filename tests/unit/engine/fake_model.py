@@ -122,7 +122,8 @@ def make_engine(
 ) -> tuple[Engine, FakeModel]:
     """An engine around a fake model."""
     model = FakeModel()
-    limits = Limits(max_model_len, max_num_seqs, budget, KVCachePlan(num_blocks, block_size, 8 * block_size, "test"))
+    kv_cache = KVCachePlan(num_blocks, block_size, 8 * block_size, "test")
+    limits = Limits(max_model_len, max_model_len, max_num_seqs, budget, kv_cache)
     engine = assemble_engine(
         model,
         layers=[LAYER],

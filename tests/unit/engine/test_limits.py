@@ -92,6 +92,7 @@ def test_limits():
 
 def test_few_blocks_lower_a_default_length_and_refuse_one_that_was_asked_for():
     lowered = limits(num_kv_blocks=3)
+    assert lowered.compiled_blocks_per_seq == limits().compiled_blocks_per_seq == 7, "another memory, the same model"
     assert lowered.max_model_len == 48 and "48, not the model's 100" in lowered.downgrades[0]
     with pytest.raises(ConfigError, match=r"max_model_len=100 does not fit: 3 KV blocks of 16 tokens hold 48 tokens"):
         limits(num_kv_blocks=3, max_model_len=100)
