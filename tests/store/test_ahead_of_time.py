@@ -156,7 +156,9 @@ def test_bad_usage_says_what_is_possible(tmp_path: Path) -> None:
 
     file = str(tmp_path / "x")
     assert "it is one of native, avx2, avx512, amx" in told("-o", file, "--march=avx3")
-    assert "threads=0" in told("-o", file, "--threads=0")
+    assert "a whole number from 1 to 4096" in told("-o", file, "--threads=0") and "4096" in told(
+        "-o", file, "--threads=9999"
+    )
     assert "-o FILE says where to" in told()
     assert "there is no folder" in told("-o", str(tmp_path / "nowhere" / "x"))
     assert "--artifact is for" in told("-o", file, "--artifact", file)

@@ -150,8 +150,20 @@ def test_a_bad_entry_isnt_exported_and_no_half_file_is_left(store: Store, tmp_pa
 
 
 def test_files_that_cant_be_read_or_written_are_told(store: Store, tmp_path: Path, capsys: Any) -> None:
-    assert "can't be read" in cache(capsys, "import", str(tmp_path / "none.zip"), code=1)
-    assert "can't be written" in cache(capsys, "export", str(tmp_path / "none" / "out.zip"), code=1)
+    assert "there is no such file" in cache(capsys, "import", str(tmp_path / "none.zip"), code=1)
+    assert "no file can be made in" in cache(capsys, "export", str(tmp_path / "none" / "out.zip"), code=1)
+    assert "is a folder or a device" in cache(capsys, "export", str(tmp_path), code=1)
+
+
+def test_an_archive_is_written_through_a_link_and_never_in_place_of_a_device(
+    store: Store, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "link.zip").symlink_to(tmp_path / "real.zip")
+    cache(capsys, "export", str(tmp_path / "link.zip"))
+    assert (tmp_path / "link.zip").is_symlink() and zipfile.is_zipfile(tmp_path / "real.zip")
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a folder or a device" in cache(capsys, "export", str(tmp_path / "pipe"), code=1)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def rewritten(change: Callable[[dict[str, bytes]], None]) -> Callable[[Path], None]:

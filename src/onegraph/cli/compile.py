@@ -50,6 +50,9 @@ def main(words: list[str]) -> int:
     config = engine_config(options, compilation)
 
     from onegraph.engine.ahead_of_time import compile_ahead
+    from onegraph.store.transfer import archive_place
+
+    archive_place(file)
 
     made = compile_ahead(config, march=options.march, threads=options.threads)
     made.compiled.save(file)

@@ -25,6 +25,9 @@ from onegraph.models import BUILTIN_MODEL, LoadedModel, load_model
 from onegraph.op_kernels import install_op_kernels, op_kernels_begun
 from onegraph.targets import describe_target, host_zeros, resolve_device, target_to_compile_for
 
+MAX_THREADS = 4096
+"""The memory of loops with partial sums grows with their number."""
+
 
 @dataclass(frozen=True, slots=True)
 class CompiledAhead:
@@ -79,8 +82,9 @@ def _so_many(threads: int | None) -> Iterator[None]:
     if threads is None:
         yield
         return
-    if threads < 1:
-        raise ConfigError(f"threads={threads}", where="--threads", hint="it takes a whole number, 1 or more")
+    if not 1 <= threads <= MAX_THREADS:
+        hint = f"it takes a whole number from 1 to {MAX_THREADS}"
+        raise ConfigError(f"threads={threads}", where="--threads", hint=hint)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -69,8 +69,9 @@ def export(store: Store, file: Path, keys: Sequence[str] = ()) -> Contents:
     """Writes entries of all layers, verified, and the records of choices that they need; all, if no key is given.
 
     A key may be given by its first digits. Raises ConfigError for one that there isn't or several have, ArtifactError
-    for an entry that is bad.
+    for an entry that is bad, and for a place where no file can be.
     """
+    place = archive_place(file)
     found: dict[str, Layer] = {}
     for layer in reversed(store.layers):
         found.update(dict.fromkeys(layer.digests(), layer))
@@ -97,10 +98,24 @@ def export(store: Store, file: Path, keys: Sequence[str] = ()) -> Contents:
         **{name: json.dumps(data, indent=1) for name, data in records.items()},
     }
     try:
-        _write(file, parts)
+        _write(place, parts)
     except OSError as error:
         raise ArtifactError(f"the archive can't be written: {error}", where=str(file)) from error
     return made
+
+
+def archive_place(file: Path) -> Path:
+    """Where an archive is written: links are followed. Raises ArtifactError for a place where no file can be."""
+    place = file.resolve()
+    if place.exists() and not place.is_file():
+        raise ArtifactError(f"{str(file)!r} is a folder or a device", where=str(file), hint="name a file")
+    try:
+        tempfile.TemporaryFile(dir=place.parent).close()
+    except OSError as error:
+        raise ArtifactError(
+            f"no file can be made in {place.parent}: {error.strerror}", where=str(file), hint="name another folder"
+        ) from error
+    return place
 
 
 def _write(file: Path, parts: dict[str, str | Path]) -> None:
@@ -121,11 +136,13 @@ def import_archive(store: Store, file: Path, *, dry_run: bool = False) -> Conten
     try:
         with zipfile.ZipFile(file) as archive:
             return _imported(store, archive, dry_run)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ArtifactError(f"there is no such file: {error}", where=str(file), hint="name an archive") from error
     except OSError as error:
         hint = "no artifact was imported; `onegraph doctor` tells the room that is left"
         raise ArtifactError(f"the archive can't be read or unpacked: {error}", where=str(file), hint=hint) from error
     except (ManifestError, zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, EOFError) as error:
-        hint = "nothing was imported; export it again, or ask where it comes from"
+        hint = "nothing was imported; make it again, or ask where it comes from"
         raise ArtifactError(f"the archive is bad: {error}", where=str(file), hint=hint) from error
     except UnsignedError as error:
         hint = "nothing was imported; export it where ONEGRAPH_CACHE_KEY_FILE is set, or leave that out here"
