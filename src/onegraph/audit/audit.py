@@ -20,7 +20,7 @@ from onegraph.audit.verdict import FINDINGS, Judged, judge
 from onegraph.build_call import BuildCall
 from onegraph.errors import ConfigError, OnegraphError, nearest
 
-GROUPS = ("field", "pass", "env", "torch", "inductor", "value", "control")
+GROUPS = ("field", "pass", "env", "torch", "inductor", "value")
 Progress = Callable[[Sequence[Perturbation]], Iterator[Perturbation]]
 
 
@@ -106,6 +106,8 @@ def _judged(one: Perturbation, base: Outcome, call: BuildCall) -> Judged:
             holds = base.built is None or base.built.holds is None or base.built.holds()
             now = outcome(changed) if one.recaptures else asked_again(base, changed)
         except Exception as error:  # noqa: BLE001 - the user's code under a value that it never had may raise anything
-            title = "" if isinstance(error, OnegraphError) else f"{type(error).__name__}: "
-            return Judged(one, "refused", f"{title}{str(error).partition(chr(10))[0]}"[:200])
+            ours = isinstance(error, OnegraphError)
+            told = f"{'' if ours else f'{type(error).__name__}: '}{str(error).partition(chr(10))[0]}"
+            is_setting = one.name.startswith(("field.", "pass.", "env."))
+            return Judged(one, "broken" if is_setting and not ours else "refused", told[:200])
         return judge(one, base, now, index, holds)

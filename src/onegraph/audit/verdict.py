@@ -15,9 +15,10 @@ from onegraph.audit.outcome import Outcome
 from onegraph.audit.perturbation import Perturbation
 from onegraph.audit.witness import Handed
 
-Verdict = Literal["fine", "refused", "stale", "unseen", "needless", "wrong prediction"]
-FINDINGS = ("stale", "unseen", "needless", "wrong prediction")
-"""What is wrong: an artifact, or a trace, that is for something else; a compile for nothing; a false declaration."""
+Verdict = Literal["fine", "refused", "stale", "unseen", "needless", "wrong prediction", "broken"]
+FINDINGS = ("stale", "unseen", "needless", "wrong prediction", "broken")
+"""What is wrong: an artifact, or a trace, that is for something else; a compile for nothing; a false declaration; a
+setting that neither works nor is refused."""
 
 
 @dataclass(frozen=True)

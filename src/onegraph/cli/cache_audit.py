@@ -23,6 +23,7 @@ Nothing is compiled or written. Each line is a change and its verdict:
   needless          the compiler is handed the same, and the key is another one
   unseen            something else is compiled, and the trace that is kept would still be taken
   wrong prediction  a field reaches more than what is declared of it (docs/options.md)
+  broken            a setting of ours ends in another error than one of ours
   refused           there is no such configuration here, or the model doesn't run with the value
 """
 EXAMPLE = """example:
