@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import keyword
 import re
 
 _PLAIN = ast.Name | ast.Attribute | ast.Subscript | ast.Call
@@ -23,13 +24,18 @@ def last_step(expression: str) -> tuple[str, str] | None:
 
 @functools.lru_cache(maxsize=64)
 def chain(expression: str) -> tuple[str, tuple[tuple[bool, str | int], ...]] | None:
-    """`a.b['c']` as `a` and its steps: whether it is an attribute, and its name or key. None as for `last_step`."""
+    """`a.b['c']` as `a` and its steps: whether it is an attribute, and its name or key.
+
+    None as for `last_step`, and for what Python doesn't read: `a.class`.
+    """
     if not expression.isascii() or _CHAIN.fullmatch(expression) is None:  # Python has a normal form of other names
         return None
     name = re.match(r"\w+", expression)
     assert name is not None
-    steps = _STEPS.finditer(expression, name.end())
-    return name[0], tuple(_step(*one.group("attribute", "key", "index")) for one in steps)
+    steps = [one.group("attribute", "key", "index") for one in _STEPS.finditer(expression, name.end())]
+    if any(keyword.iskeyword(attribute or "") for attribute, _, _ in steps):
+        return None
+    return name[0], tuple(_step(*one) for one in steps)
 
 
 def _step(attribute: str | None, key: str | None, index: str | None) -> tuple[bool, str | int]:

@@ -89,3 +89,8 @@ def test_values_are_those_that_python_reads(expression: str) -> None:
     names = {"a": Held("a")}
     now, read = evaluate(expression, names), eval(expression, {**names})  # noqa: S307 - what it is compared with
     assert getattr(now, "text", now) == getattr(read, "text", read)
+
+
+def test_what_python_does_not_read_has_no_value() -> None:
+    with pytest.raises(SyntaxError):
+        evaluate("a.class", {"a": Held("a")})
