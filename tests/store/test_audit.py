@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch.export import Dim
 
-import onegraph
-from onegraph import piece_compiler
+from onegraph import api, piece_compiler
 from onegraph.audit.audit import Report, audit
 from onegraph.audit.perturbation import Perturbation
 from onegraph.audit.verdict import Judged
@@ -50,7 +49,15 @@ def audited(*only: str, **config: Any) -> Report:
     assert isinstance(witness, Witness)
     config = {"backend": "eager", "splitting_ops": ["torch.mm"], **config}
     model = Model().eval().requires_grad_(False)
-    compiled = onegraph.compile(model, dynamic_shapes={"x": {0: Dim("n", max=64)}}, config=config, lookup=witness)
+    compiled = api.compiled_model(
+        model,
+        dynamic_shapes={"x": {0: Dim("n", max=64)}},
+        config=config,
+        name=None,
+        own_module=False,
+        own_weights=False,
+        lookup=witness,
+    )
     compiled.warm_up(torch.ones(4, 8))
     return audit(witness.call, only, every)
 
