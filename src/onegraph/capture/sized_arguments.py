@@ -63,6 +63,21 @@ def dynamic_strides(
     return found
 
 
+def other_strides(inputs: CallInputs, strides: Mapping[str, tuple[str, ...]]) -> str | None:
+    """The first argument of this call that doesn't lie as `dynamic_strides` says of another one's, in words."""
+    order = {dim.name: f"_d{index}" for index, dim in enumerate(inputs.dims)}
+    sizes: dict[str, int] = {}
+    for leaf in inputs.leaves:
+        for index, dim in leaf.dims.items():
+            sizes.setdefault(order[dim.name], leaf.value.shape[index])
+    for leaf in inputs.leaves:
+        if leaf.path in strides and not leaf.value.is_contiguous() and leaf.value.numel():
+            wanted = tuple(eval(step, {}, sizes) for step in strides[leaf.path])  # noqa: S307 - arithmetic on sizes
+            if leaf.value.stride() != wanted:
+                return f"{leaf.path}: its strides were {wanted}, and are {leaf.value.stride()}"
+    return None
+
+
 def follows_another_size(path: str) -> CaptureError:
     """The error for strides that follow from no declared dim's size."""
     return CaptureError(
