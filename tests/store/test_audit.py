@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch.export import Dim
 
+import onegraph.audit.audit as audit_module
 from onegraph import api, piece_compiler
 from onegraph.audit.audit import Report, audit
+from onegraph.audit.outcome import Outcome
 from onegraph.audit.perturbation import Perturbation
 from onegraph.audit.verdict import Judged
 from onegraph.audit.witness import Witness
+from onegraph.build_call import BuildCall
 from onegraph.config.compilation import FIELDS
 from onegraph.env import environment
 from onegraph.errors import ConfigError
@@ -145,6 +148,20 @@ def test_a_value_with_which_the_model_does_not_run_is_refused_and_put_back() -> 
     whole, fewer, control = report.judged
     assert whole.verdict == "refused" and "eager_pieces has 3" in whole.why and control.verdict == "fine"
     assert fewer.verdict in ("fine", "refused")
+
+
+def test_a_setting_that_ends_in_an_error_of_another_kind_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = audit_module.outcome
+
+    def outcome(call: BuildCall) -> Outcome:
+        if not call.config.plan_memory:
+            raise RuntimeError("out of memory")
+        return build(call)
+
+    monkeypatch.setattr(audit_module, "outcome", outcome)
+    report = audited("field.plan_memory")
+    assert not report.ok
+    assert (report.judged[0].verdict, report.judged[0].why) == ("broken", "RuntimeError: out of memory")
 
 
 def test_from_outside(fresh_cache: Path) -> None:
