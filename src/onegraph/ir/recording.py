@@ -25,7 +25,15 @@ class RecordedStep:
 class NotRecordableError(Exception):
     """What a function did that a recording can't repeat.
 
-    `code` is a reason code (`host_read`, `random`, `host_code`, `unsafe_op`, …), `op` what did it, `why` in words.
+    `code` is a reason code, `op` what did it, `why` in words. The codes of recorders:
+
+    - `host_read`: Python is given a value that depends on a tensor's;
+    - `data_dependent_shape`: a tensor's size depends on values;
+    - `random`: random numbers are drawn, and a replay would draw the same;
+    - `host_code`: code of the host is run, which a replay doesn't run: Python, or what is done on the CPU beside a GPU;
+    - `unsafe_op`: an op is tagged `torch.Tag.cudagraph_unsafe`, or works on what isn't plain memory;
+    - `moved_memory`: a tensor that was used before is given other memory;
+    - `not_capturable`: the device refuses, in its own words.
     """
 
     def __init__(self, code: str, op: str, why: str) -> None:
@@ -41,10 +49,13 @@ class Recording(Protocol):
     steps: tuple[RecordedStep, ...]
     """In the order in which a replay does them; empty where a device doesn't tell."""
     num_bytes: int
-    """Memory that it holds for itself, beside what it was recorded with."""
+    """Memory that was made while it was recorded, and that it holds."""
 
     def replay(self) -> None:
-        """Does the work again, in the caller's thread."""
+        """Does the work again, in the caller's thread, which needn't be the one that recorded.
+
+        Raises RuntimeError for a kernel that refuses what it finds now. Numbers of threads are as they were recorded.
+        """
         ...
 
 
@@ -52,10 +63,14 @@ class Recorder(Protocol):
     """Makes recordings of one compiled model, which share memory: one is replayed at a time."""
 
     def record(self, run: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> tuple[Recording, Any]:
-        """Calls `run` once, which works on `inputs` and on memory that it makes; gives what it returned, too.
+        """Calls `run`, which works on `inputs` and on memory that it makes; gives what it returned, too.
 
-        The recording keeps alive what `run` made, and what it returned, and not the inputs: whoever replays has to know
-        that they are there. Tensors in what was returned show the recording's memory, until the next replay.
-        Raises NotRecordableError, and what `run` raises; then nothing is kept.
+        What `run` does on the device is done once, also by a recorder that has to call it twice. What else this
+        thread's code does meanwhile is recorded with it; other threads' work isn't.
+
+        The recording keeps alive what `run` made, what it returned, and what it used besides, and not the inputs:
+        whoever replays has to know that they are there. Tensors in what was returned show the recording's memory, until
+        the next replay. Raises NotRecordableError, also where `run` has caught it and gone on, and what `run` raises;
+        then nothing is kept, and what has run has run.
         """
         ...

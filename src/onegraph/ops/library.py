@@ -19,6 +19,8 @@ LIBRARY = torch.library.Library("onegraph", "DEF")
 
 _with_out: list[Any] = []
 _implemented: dict[tuple[str, str], Callable[..., Any]] = {}
+_functions: dict[tuple[str, str], Callable[..., Any]] = {}
+"""By overload and dispatch key, which is empty for what stands for all devices."""
 
 
 def define(
@@ -33,7 +35,7 @@ def define(
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(layout,))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _register(name, implementation)
     torch.library.register_fake(f"onegraph::{name}", fake, lib=LIBRARY)
 
 
@@ -50,7 +52,7 @@ def define_out(schema: str) -> None:
         return out.copy_(op(*args))
 
     LIBRARY.define(f"{name}.out({arguments}, *, Tensor(a!) out) -> Tensor(a!)")
-    LIBRARY.impl(f"{name}.out", out_of, "CompositeExplicitAutograd")
+    _register(f"{name}.out", out_of)
     _with_out.append(op)
 
 
@@ -65,7 +67,7 @@ def implement(name: str, dispatch_key: str, implementation: Callable[..., Any]) 
     For the process's life, and once for each op and key. One with a result takes `out` too, memory that it may use for
     the result, which the dispatcher never gives it. While shapes are traced, the fake stands for it as before.
     """
-    LIBRARY.impl(name, implementation, dispatch_key)
+    _register(name, implementation, dispatch_key)
     _implemented[name, dispatch_key] = implementation
     if any(op._schema.name == f"{LIBRARY.ns}::{name}" for op in _with_out):
 
@@ -73,7 +75,20 @@ def implement(name: str, dispatch_key: str, implementation: Callable[..., Any]) 
             result = implementation(*args, out=out)
             return out if result is out else out.copy_(result)
 
-        LIBRARY.impl(f"{name}.out", out_of, dispatch_key)
+        _register(f"{name}.out", out_of, dispatch_key)
+
+
+def _register(overload: str, function: Callable[..., Any], dispatch_key: str = "") -> None:
+    LIBRARY.impl(overload, function, dispatch_key or "CompositeExplicitAutograd")
+    _functions[overload, dispatch_key] = function
+
+
+def function_of(op: Any, dispatch_key: str) -> Callable[..., Any] | None:
+    """What the dispatcher calls for an overload of an op of ours, with plain tensors; None for another's."""
+    namespace, _, overload = op.name().partition("::")
+    if namespace != LIBRARY.ns:
+        return None
+    return _functions.get((overload, dispatch_key)) or _functions.get((overload, ""))
 
 
 def implementation(name: str, dispatch_key: str) -> Callable[..., Any] | None:

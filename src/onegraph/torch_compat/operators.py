@@ -13,6 +13,7 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
+    "RecordingMode",
     "WriteRefusedError",
     "dispatcher_is_watched",
     "may_share",
@@ -93,6 +94,16 @@ def _storage(tensor: torch.Tensor) -> int | None:
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None
 
 
+class RecordingMode(TorchDispatchMode):
+    """The base of modes that only note what runs, for which own ops needn't go through the dispatcher."""
+
+
 def dispatcher_is_watched() -> bool:
-    """Whether a profiler or a dispatch mode sees, or changes, what operators are called in this thread."""
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled())
+    """Whether a profiler or a dispatch mode sees, or changes, what operators are called in this thread.
+
+    A recording of ours doesn't count: it has ways of its own to see own ops.
+    """
+    num_modes = torch._C._len_torch_dispatch_stack()
+    if num_modes and not all(isinstance(torch._C._get_dispatch_stack_at(i), RecordingMode) for i in range(num_modes)):
+        return True
+    return bool(torch._C._autograd._profiler_enabled())

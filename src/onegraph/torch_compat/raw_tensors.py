@@ -14,6 +14,12 @@ def tensor_at(pointer: int, shape: Sequence[int], like: torch.Tensor) -> torch.T
     return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, 0, tuple(shape))
 
 
+def unowned_storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """Another storage over the memory of a tensor's: it doesn't keep that alive."""
+    storage = tensor.untyped_storage()
+    return torch._C._construct_storage_from_data_pointer(storage.data_ptr(), tensor.device, storage.nbytes())
+
+
 def storage_span(tensor: torch.Tensor) -> tuple[int, int] | None:
     """The first address of the tensor's storage, and the one after its last; None for a tensor without memory."""
     if tensor.layout != torch.strided:
