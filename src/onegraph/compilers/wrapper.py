@@ -21,11 +21,15 @@ import torch
 from onegraph.errors import CompileError
 from onegraph.ir.target import KernelSource
 from onegraph.ops.library import LIBRARY, OutFunctions
+from onegraph.torch_compat.recorded_ops import noted
 
 _BUILDS = {"async_compile.cpp_pybinding": "cpp", "async_compile.triton": "triton"}
 """What the wrapper's text calls to build a kernel, and the kernel's language."""
 
 OWN_OPS = "own_ops"
+_ALLOCATORS = {"empty_strided_cpu"}
+"""Functions of the wrapper that make tensors without torch's dispatcher. Those for GPUs go through an allocator that
+recordings know."""
 _KERNEL = re.compile(r"^(\w+) = kernels\['(\w+)'\]$", re.MULTILINE)
 _OUT_CALL = re.compile(rf"\btorch\.ops\.{LIBRARY.ns}\.(\w+)\.out(?=\()")
 
@@ -120,6 +124,8 @@ def put_together(
         **constants,
     }
     exec(compile(source, str(path), "exec"), namespace)  # noqa: S102 - an artifact is code, verified by the store
+    for name in _ALLOCATORS & namespace.keys():
+        namespace[name] = noted(namespace[name])
     return namespace
 
 

@@ -1,8 +1,8 @@
-// Attention of a flat batch of requests over a paged KV cache, and the write into that cache.
+// Attention of a flat batch of requests over a paged KV cache.
 //
-// What `onegraph::paged_attention` and `onegraph::write_kv_cache` say in Python (ops/), for fp32 and bf16; arithmetic
-// and softmax are fp32. Scores carry a factor of log2(e), so that the softmax is one of powers of two, taken while the
-// keys pass by (online softmax: Milakov and Gimelshein, arXiv 1805.02867).
+// What `onegraph::paged_attention` says in Python (ops/), for fp32 and bf16; arithmetic and softmax are fp32. Scores
+// carry a factor of log2(e), so that the softmax is one of powers of two, taken while the keys pass by (online softmax:
+// Milakov and Gimelshein, arXiv 1805.02867).
 //
 // The work is cut into items: some queries of a request, with some heads, over a range of keys. A query of its own
 // reads the keys of all heads where they lie (`attend_by_dots`), in the order of memory, which it waits for. More
@@ -412,67 +412,15 @@ static void paged_attention(const Problem& p, bool is_bfloat16) {
   }
 }
 
-struct Written {
-  const char* from;
-  char* cache;
-  int64_t token_stride, head_stride;  // bytes
-};
-
-// `head_bytes` are those of one head of one token. Rows whose slot is negative are left out.
-static void write_kv_cache(
-    const Written (&both)[2], const int64_t* slots, int64_t T, int64_t K, int64_t head_bytes, int64_t num_slots,
-    int64_t threads) {
-  for (int64_t t = 0; t < T; t++)
-    if (slots[t] >= num_slots) throw std::out_of_range("slot_mapping names a slot that isn't in the cache");
-#pragma omp parallel for num_threads(threads) if (threads > 1 && T * K * head_bytes > (1 << 20))
-  for (int64_t t = 0; t < T; t++) {
-    if (slots[t] < 0) continue;
-    for (const Written& one : both)
-      for (int64_t head = 0; head < K; head++)
-        std::memcpy(
-            one.cache + (slots[t] * K + head) * head_bytes,
-            one.from + t * one.token_stride + head * one.head_stride, head_bytes);
-  }
-}
-
-static PyObject* call_paged_attention(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  return guarded(count, 24, [&] {
-    Arguments args{given};
-    Problem p;
-    p.out = args.take<void*>();
-    p.q = args.take<const void*>();
-    p.k_cache = args.take<const void*>();
-    p.v_cache = args.take<const void*>();
-    p.tables = args.take<const int32_t*>();
-    p.starts = args.take<const int32_t*>();
-    p.lengths = args.take<const int32_t*>();
-    p.sinks = args.take_optional();
-    for (int64_t* size : {&p.T, &p.H, &p.D, &p.N, &p.B, &p.K, &p.R, &p.M, &p.token_stride, &p.head_stride, &p.table_stride})
-      *size = args.take<int64_t>();
-    p.scale = args.take<float>();
-    p.window = args.take<int64_t>();
-    p.softcap = args.take<float>();
-    p.threads = args.take<int64_t>();
-    paged_attention(p, args.take<bool>());
-  });
-}
-
-static PyObject* call_write_kv_cache(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  return guarded(count, 14, [&] {
-    Arguments args{given};
-    Written both[2];
-    for (Written& one : both) {
-      one.from = args.take<const char*>();
-      one.cache = args.take<char*>();
-      one.token_stride = args.take<int64_t>();
-      one.head_stride = args.take<int64_t>();
-    }
-    const int64_t* slots = args.take<const int64_t*>();
-    int64_t sizes[5];
-    for (int64_t& size : sizes) size = args.take<int64_t>();
-    const auto [T, K, head_bytes, num_slots, threads] = sizes;
-    write_kv_cache(both, slots, T, K, head_bytes, num_slots, threads);
-  });
+static void run_paged_attention(
+    void* out, const void* q, const void* k_cache, const void* v_cache, const int32_t* tables, const int32_t* starts,
+    const int32_t* lengths, Optional<const void> sinks, int64_t T, int64_t H, int64_t D, int64_t N, int64_t B, int64_t K,
+    int64_t R, int64_t M, int64_t token_stride, int64_t head_stride, int64_t table_stride, float scale, int64_t window,
+    float softcap, int64_t threads, bool is_bfloat16) {
+  const Problem p{
+      out, q, k_cache, v_cache, tables, starts, lengths, sinks.pointer, T, H, D, N, B, K, R, M, token_stride, head_stride,
+      table_stride, scale, window, softcap, threads};
+  paged_attention(p, is_bfloat16);
 }
 
 }  // namespace onegraph

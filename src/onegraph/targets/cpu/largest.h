@@ -57,19 +57,13 @@ static void largest(int64_t* indices, const T* x, int64_t S, int64_t V, int64_t 
   for (int64_t row = 0; row < S; row++) indices[row] = first_largest(x + row * stride, V);
 }
 
-static PyObject* call_largest(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  return guarded(count, 7, [&] {
-    Arguments args{given};
-    int64_t* indices = args.take<int64_t*>();
-    const void* x = args.take<const void*>();
-    const int64_t S = args.take<int64_t>(), V = args.take<int64_t>(), stride = args.take<int64_t>();
-    const int64_t threads = args.take<int64_t>();
-    if (args.take<bool>()) {
-      largest(indices, static_cast<const BFloat16*>(x), S, V, stride, threads);
-    } else {
-      largest(indices, static_cast<const float*>(x), S, V, stride, threads);
-    }
-  });
+static void run_largest(
+    int64_t* indices, const void* x, int64_t S, int64_t V, int64_t stride, int64_t threads, bool is_bfloat16) {
+  if (is_bfloat16) {
+    largest(indices, static_cast<const BFloat16*>(x), S, V, stride, threads);
+  } else {
+    largest(indices, static_cast<const float*>(x), S, V, stride, threads);
+  }
 }
 
 }  // namespace onegraph

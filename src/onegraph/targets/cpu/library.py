@@ -41,7 +41,7 @@ def library_source(kernels: Sequence[KernelSource]) -> str:
         if identity not in numbers:
             numbers[identity] = len(numbers)
             body = _share_only_large_loops(_hoist_includes(kernel.source, includes))
-            bodies.append(_namespaced(numbers[identity], body, kernel.argtypes))
+            bodies.append(_namespaced(numbers[identity], body, kernel))
         methods.append(
             f'  {{"{kernel.name}", reinterpret_cast<PyCFunction>(call_{numbers[identity]}), METH_FASTCALL, nullptr}},'
         )
@@ -51,7 +51,7 @@ def library_source(kernels: Sequence[KernelSource]) -> str:
             (Path(__file__).parent / "bindings.h").read_text(),
             *bodies,
             "static PyMethodDef methods[] = {",
-            '  {"bind", onegraph::bind, METH_O, nullptr},',
+            '  {"bind", onegraph::bind, METH_VARARGS, nullptr},',
             *methods,
             "  {nullptr, nullptr, 0, nullptr}};",
             "static PyModuleDef definition = {",
@@ -112,22 +112,16 @@ def _shares_by_hand(region: str) -> bool:
     return "#pragma omp for" not in region or "tid" in uses or "omp_get_" in uses
 
 
-def _namespaced(number: int, body: str, argtypes: tuple[str, ...]) -> str:
-    arguments = ", ".join(
-        f"onegraph::argument<{_parsed_type(argtype)}>(args[{i}])" for i, argtype in enumerate(argtypes)
-    )
+def _namespaced(number: int, body: str, kernel: KernelSource) -> str:
+    """A kernel, and how Python calls it, with the types that its callers know. Its name is what a recording shows."""
+    function = f"static_cast<void (*)({', '.join(kernel.argtypes)})>(kernel_{number}::kernel)"
     return "\n".join(
         [
             f"namespace kernel_{number} {{",
             _ENTRY.sub("static ", body),
             "}",
             f"static PyObject* call_{number}(PyObject*, PyObject* const* args, Py_ssize_t given) {{",
-            f"  return onegraph::guarded(given, {len(argtypes)}, [&] {{ kernel_{number}::kernel({arguments}); }});",
+            f'  return onegraph::Kernel<{function}>::call("{kernel.name}", args, given);',
             "}",
         ]
     )
-
-
-def _parsed_type(argtype: str) -> str:
-    """A scalar's const is dropped; a pointer keeps what it points to."""
-    return argtype if "*" in argtype else argtype.replace("const ", "").strip()

@@ -3,25 +3,16 @@
 namespace onegraph {
 
 template <void (*RUN)(const Linear&)>
-static PyObject* call_linear(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  return guarded(count, 10, [&] {
-    Arguments args{given};
-    Linear p;
-    p.out = args.take<void*>();
-    p.x = args.take<const void*>();
-    p.weight = args.take<const void*>();
-    p.bias = args.take_optional();
-    for (int64_t* size : {&p.T, &p.O, &p.I, &p.x_stride, &p.weight_stride, &p.threads}) *size = args.take<int64_t>();
-    RUN(p);
-  });
+static void run_linear(
+    void* out, const void* x, const void* weight, Optional<const void> bias, int64_t T, int64_t O, int64_t I,
+    int64_t x_stride, int64_t weight_stride, int64_t threads) {
+  RUN({out, x, weight, bias.pointer, T, O, I, x_stride, weight_stride, threads});
 }
 
 #if defined(ONEGRAPH_AMX)
 // Raises where the system doesn't let this process use matrix instructions.
-static PyObject* call_check_matrices(PyObject*, PyObject* const*, Py_ssize_t count) {
-  return guarded(count, 0, [] {
-    if (!amx_is_allowed()) throw std::runtime_error("this process can't use matrix instructions");
-  });
+static void check_matrices() {
+  if (!amx_is_allowed()) throw std::runtime_error("this process can't use matrix instructions");
 }
 #endif
 

@@ -1,19 +1,29 @@
 // The extension module of the kernels for onegraph's own ops.
-static PyMethodDef function(const char* name, PyObject* (*call)(PyObject*, PyObject* const*, Py_ssize_t)) {
-  return {name, reinterpret_cast<PyCFunction>(call), METH_FASTCALL, nullptr};
+template <auto KERNEL>
+static const char* name_of = nullptr;
+
+template <auto KERNEL>
+static PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return onegraph::Kernel<KERNEL>::call(name_of<KERNEL>, given, count);
+}
+
+template <auto KERNEL>
+static PyMethodDef function(const char* name) {
+  name_of<KERNEL> = name;
+  return {name, reinterpret_cast<PyCFunction>(call<KERNEL>), METH_FASTCALL, nullptr};
 }
 
 static PyMethodDef methods[] = {
-    {"bind", onegraph::bind, METH_O, nullptr},
-    function("paged_attention", onegraph::call_paged_attention),
-    function("write_kv_cache", onegraph::call_write_kv_cache),
-    function("rotary", onegraph::call_rotary),
-    function("largest", onegraph::call_largest),
-    function("linear_float", onegraph::call_linear<onegraph::linear_by_vectors<float>>),
-    function("linear_bfloat16", onegraph::call_linear<onegraph::linear_by_vectors<onegraph::BFloat16>>),
+    {"bind", onegraph::bind, METH_VARARGS, nullptr},
+    function<onegraph::run_paged_attention>("paged_attention"),
+    function<onegraph::run_write_kv_cache>("write_kv_cache"),
+    function<onegraph::run_rotary>("rotary"),
+    function<onegraph::run_largest>("largest"),
+    function<onegraph::run_linear<onegraph::linear_by_vectors<float>>>("linear_float"),
+    function<onegraph::run_linear<onegraph::linear_by_vectors<onegraph::BFloat16>>>("linear_bfloat16"),
 #if defined(ONEGRAPH_AMX)
-    function("linear_by_matrices", onegraph::call_linear<onegraph::linear_by_matrices>),
-    function("check_matrices", onegraph::call_check_matrices),
+    function<onegraph::run_linear<onegraph::linear_by_matrices>>("linear_by_matrices"),
+    function<onegraph::check_matrices>("check_matrices"),
 #endif
     {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef definition = {

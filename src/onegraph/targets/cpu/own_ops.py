@@ -18,6 +18,7 @@ SOURCES = (
     "attention.h",
     "attention_amx.h",
     "attention.cpp",
+    "kv_cache.h",
     "rotary.h",
     "largest.h",
     "linear.h",

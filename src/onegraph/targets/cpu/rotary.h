@@ -63,12 +63,13 @@ static inline void turn(T* to, const T* from, const float* cos, const float* sin
 }
 
 struct Rotary {
-  const void *q, *k, *v, *cos, *sin;
   void *q_out, *k_out, *v_out;  // [T, H, D]; [T, K, D], or the caches where there are slots
-  const int64_t* slots;         // [T], or null
-  int64_t T, H, K, D, R, num_slots, threads;
+  const void *q, *k, *v, *cos, *sin;
+  const int64_t* slots;  // [T], or null
+  int64_t T, H, K, D, R, num_slots;
   int64_t q_stride, k_stride, v_stride;  // of a token; heads lie side by side
   int64_t cos_stride, sin_stride;
+  int64_t threads;
 };
 
 template <typename U>
@@ -96,24 +97,15 @@ static void rotary(const Rotary& p) {
   }
 }
 
-static PyObject* call_rotary(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  return guarded(count, 22, [&] {
-    Arguments args{given};
-    Rotary p;
-    p.q_out = args.take<void*>();
-    p.k_out = args.take<void*>();
-    p.v_out = const_cast<void*>(args.take_optional());
-    p.q = args.take<const void*>();
-    p.k = args.take<const void*>();
-    p.v = args.take_optional();
-    p.cos = args.take<const void*>();
-    p.sin = args.take<const void*>();
-    p.slots = static_cast<const int64_t*>(args.take_optional());
-    for (int64_t* size : {&p.T, &p.H, &p.K, &p.D, &p.R, &p.num_slots, &p.q_stride, &p.k_stride, &p.v_stride, &p.cos_stride,
-                          &p.sin_stride, &p.threads})
-      *size = args.take<int64_t>();
-    args.take<bool>() ? rotary<BFloat16>(p) : rotary<float>(p);
-  });
+static void run_rotary(
+    void* q_out, void* k_out, Optional<void> v_out, const void* q, const void* k, Optional<const void> v, const void* cos,
+    const void* sin, Optional<const int64_t> slots, int64_t T, int64_t H, int64_t K, int64_t D, int64_t R,
+    int64_t num_slots, int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t cos_stride, int64_t sin_stride,
+    int64_t threads, bool is_bfloat16) {
+  const Rotary p{
+      q_out, k_out, v_out.pointer, q, k, v.pointer, cos, sin, slots.pointer, T, H, K, D, R, num_slots, q_stride, k_stride,
+      v_stride, cos_stride, sin_stride, threads};
+  is_bfloat16 ? rotary<BFloat16>(p) : rotary<float>(p);
 }
 
 }  // namespace onegraph

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from onegraph.errors import CompileError
+from onegraph.ir.recording import Recorder
 from onegraph.ir.target import KernelBuild, KernelSource, NotLoaded
-from onegraph.targets.cpu import memory, own_ops
+from onegraph.targets.cpu import memory, own_ops, tape
 from onegraph.targets.cpu.compiler_run import LIBRARY, SOURCE, CompilerRun, NothingToBuild, no_compiler
 from onegraph.targets.cpu.library import MODULE, library_source, only_kernels
 from onegraph.targets.cpu.march import MARCHES, March
@@ -159,5 +160,9 @@ class CpuTarget:
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
-        module.bind(cpu_facts.tensor_data_pointer_function())
+        module.bind(cpu_facts.tensor_data_pointer_function(), tape.tape_address())
         return vars(module)
+
+    def recorder(self) -> Recorder:
+        """A recorder of kernel tapes, whose memory isn't shared: planned memory is."""
+        return tape.TapeRecorder()
