@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from onegraph.ir.recording import Recorder
+
 if TYPE_CHECKING:
     import torch
 
@@ -132,4 +134,8 @@ class Target(Protocol):
 
     def load_op_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Callable[..., Any]]:
         """Loads what `start_op_kernels_build` made; gives an implementation for each op by name."""
+        ...
+
+    def recorder(self) -> Recorder:
+        """What makes recordings of one compiled model. Only for a target that runs."""
         ...

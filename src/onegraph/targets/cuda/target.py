@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from onegraph.errors import CompileError
+from onegraph.ir.recording import Recorder
 from onegraph.ir.target import KernelBuild, KernelSource, NotLoaded
 from onegraph.targets.cpu.compiler_run import NothingToBuild
 from onegraph.targets.cpu.target import CpuTarget
 from onegraph.targets.cuda import attention
+from onegraph.targets.cuda.graphs import CudaGraphRecorder
 from onegraph.targets.cuda.triton_build import MixedBuild, build_edited_kernels, kernel_texts, load_triton_kernels
 from onegraph.torch_compat import inductor, triton_kernels
 
@@ -129,3 +131,7 @@ class CudaTarget:
     def load_op_kernels(self, files: Mapping[str, Path]) -> Mapping[str, Callable[..., Any]]:
         """The ops of `targets/cuda/attention.py`."""
         return attention.implementations()
+
+    def recorder(self) -> Recorder:
+        """A recorder of CUDA graphs that share a pool of memory."""
+        return CudaGraphRecorder()
