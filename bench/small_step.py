@@ -28,6 +28,8 @@ from onegraph import LLM, SamplingParams
 
 WAYS: dict[str, Any] = {
     "onegraph": None,
+    "onegraph, recorded": {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]},
+    "onegraph, pieces recorded": {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": [1]},
     "onegraph, memory unplanned": {"plan_memory": False},
     "onegraph, one piece": {"splitting_ops": []},
     "onegraph, sizes of their own": {"compile_sizes": [1]},

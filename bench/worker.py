@@ -54,10 +54,16 @@ class Engine:
     close: Callable[[], None] = lambda: None
 
 
-def start_onegraph(model: str, enforce_eager: bool) -> Engine:
+def start_onegraph(model: str, enforce_eager: bool, cudagraph_mode: str = "NONE") -> Engine:
     from onegraph import LLM, SamplingParams
 
-    llm = LLM(model, enforce_eager=enforce_eager, enable_prefix_caching=False, max_model_len=1024)
+    llm = LLM(
+        model,
+        enforce_eager=enforce_eager,
+        compilation_config={"cudagraph_mode": cudagraph_mode},
+        enable_prefix_caching=False,
+        max_model_len=1024,
+    )
 
     def generate(prompts: list[list[int]], num_tokens: int) -> int:
         params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
@@ -145,6 +151,7 @@ def start_transformers_batching(model: str) -> Engine:
 
 ENGINES: dict[str, Callable[[str], Engine]] = {
     "onegraph": lambda model: start_onegraph(model, enforce_eager=False),
+    "onegraph-recorded": lambda model: start_onegraph(model, False, cudagraph_mode="FULL_DECODE_ONLY"),
     "onegraph-eager": lambda model: start_onegraph(model, enforce_eager=True),
     "vllm": lambda model: start_vllm(model, enforce_eager=False),
     "vllm-eager": lambda model: start_vllm(model, enforce_eager=True),

@@ -13,7 +13,7 @@ from pathlib import Path
 from onegraph import errors
 from onegraph.cli.flags import ENGINE_FLAGS
 from onegraph.config.compilation import FIELDS, CompilationConfig, CompilationMode, CUDAGraphMode
-from onegraph.config.resolve import ALWAYS, DEFAULT_LEVEL, HONOURED, LEVEL_MODES, DeviceRules, resolve
+from onegraph.config.resolve import ALWAYS, DEFAULT_LEVEL, LEVEL_MODES, DeviceRules, resolve
 from onegraph.env import VARIABLES, environment
 from onegraph.serve.settings import ServeSettings
 
@@ -41,12 +41,11 @@ def options_page() -> str:
         "In Python `CompilationConfig(FIELD=...)`, on the command line `-O.FIELD=VALUE`.",
         "",
     ]
-    lines += ["| field | values | default | affects | what it does | in this version |", "|---|---|---|---|---|---|"]
+    lines += ["| field | values | default | affects | what it does |", "|---|---|---|---|---|"]
     for name, info in FIELDS.items():
         values = ", ".join(f"`{choice}`" for choice in info.choices) or KINDS[info.kind]
         default = f"`{ALWAYS[name]!r}`" if name in ALWAYS else "by level"
-        limit = HONOURED[name][1] if name in HONOURED else ""
-        lines.append(f"| `{name}` | {values} | {default} | {info.affects} | {info.doc} | {limit} |")
+        lines.append(f"| `{name}` | {values} | {default} | {info.affects} | {info.doc} |")
     lines += ["", "## Levels", "", "| level | mode | backend | Inductor's options |", "|---|---|---|---|"]
     plain = replace(environment(), compilation_config=None, compile_cache_save_format=None)
     for level in range(len(LEVEL_MODES)):
@@ -57,7 +56,7 @@ def options_page() -> str:
     lines += [
         "",
         f"Modes: {', '.join(f'{m.name} = {m.value}' for m in CompilationMode)}. "
-        f"CUDA graph modes: {', '.join(m.name for m in CUDAGraphMode)}; on a CPU only NONE.",
+        f"CUDA graph modes: {', '.join(m.name for m in CUDAGraphMode)}; without a word NONE on every device.",
         "",
         "## Engine",
         "",

@@ -22,9 +22,10 @@ from onegraph.build import build, empty_explanation, refuse_other_machine
 from onegraph.build_call import BuildCall, Observer, SavedBuild, Stages
 from onegraph.build_record import Asked, BuildRecord, shapes_of
 from onegraph.capture.portable import loaded
-from onegraph.compiled import Built, CompiledModel
-from onegraph.config.compilation import CompilationConfig, CompilationMode
+from onegraph.compiled import Built, CompiledModel, SizedCall
+from onegraph.config.compilation import CompilationConfig, CompilationMode, CUDAGraphMode
 from onegraph.config.resolve import ResolvedConfig, resolve
+from onegraph.cudagraph.sizes import recorded_sizes
 from onegraph.env import environment
 from onegraph.errors import ArtifactError, ConfigError
 from onegraph.ir.target import Target
@@ -162,7 +163,7 @@ def compiled_model(
                 num_sizes=num_sizes,
             )
 
-        return replace(built, check=check)
+        return replace(built, check=check, **_recorded_ahead(module, built, dynamic_shapes, resolved))
 
     return CompiledModel(
         module,
@@ -171,6 +172,33 @@ def compiled_model(
         on_state_change=resolved.on_state_change,
         state_checked=state_checked,
     )
+
+
+def _recorded_ahead(module: Any, built: Built, dynamic_shapes: Any, resolved: ResolvedConfig) -> dict[str, Any]:
+    """Fields of the build: how and at which sizes `warm_up` records."""
+    dims, asked = built.explanation.dims, resolved.cudagraph_capture_sizes
+    mode = CUDAGraphMode.PIECEWISE if resolved.cudagraph_mode is CUDAGraphMode.PIECEWISE else CUDAGraphMode.FULL
+    if not built.recordings or len(dims) != 1:
+        return {}
+    sizes = recorded_sizes(asked, dims[0].min, dims[0].max)
+    if resolved.cudagraph_lazy:
+        for recordings in built.recordings:
+            recordings.record_lazily(mode, sizes)
+        return {}
+
+    def planned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[SizedCall]:
+        from onegraph.size_check import sized_calls  # this, and what it needs, is rarely used
+
+        return sized_calls(
+            module,
+            args,
+            kwargs,
+            dynamic_shapes=dynamic_shapes,
+            max_size=resolved.max_num_tokens,
+            sizes=sizes,
+        )
+
+    return {"recorded_as": mode, "planned": planned}
 
 
 def load(file: str | os.PathLike[str], module: Any, *, name: str | None = None) -> CompiledModel:

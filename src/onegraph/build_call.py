@@ -11,9 +11,10 @@ from typing import Any, Protocol
 from onegraph.binding import BoundWeights
 from onegraph.capture.state_check import changed_entries, state_check
 from onegraph.compiled import Built
-from onegraph.config.compilation import CompilationConfig
+from onegraph.config.compilation import CompilationConfig, CUDAGraphMode
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.ir.ledger import CheckedWhen, StateRead
+from onegraph.ir.recording import Recorder
 from onegraph.ir.target import Target
 from onegraph.store.store import Store
 from onegraph.weights import WeightStore
@@ -96,6 +97,11 @@ class BuildCall:
     owned: WeightStore | None = None
     fuel: int | None = None
     pass_observer: Callable[..., None] | None = None
+
+    def recorder(self) -> Recorder | None:
+        """What records calls; None where nothing shall be recorded."""
+        is_off = self.config.cudagraph_mode is CUDAGraphMode.NONE
+        return None if is_off or not self.target.runs else self.target.recorder()
 
     def with_checks(self, built: Built, reads: Iterable[StateRead], weights: Sequence[BoundWeights]) -> Built:
         """The build with the check of Python's state, unless the user promised that nothing changes."""

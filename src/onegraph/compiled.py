@@ -11,18 +11,23 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from onegraph.config.compilation import CUDAGraphMode, checked
 from onegraph.counters import counters
+from onegraph.cudagraph.recordings import Recordings
 from onegraph.errors import ConfigError, StateChangedError
 from onegraph.explanation import Explanation
 from onegraph.ir.ledger import StateEntry
+from onegraph.ir.recording import uncovered
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck, check_call
+from onegraph.torch_compat.pytree import tree_map
 
 log = get_logger(__name__)
 
@@ -32,6 +37,19 @@ MAX_TRACES = 8
 Changes = tuple[tuple[StateEntry, str], ...]
 Fallbacks = dict[tuple[int, int | None], str]
 """Piece, and the size whose artifact is meant or None for all -> why it runs uncompiled."""
+
+
+@dataclass(frozen=True)
+class SizedCall:
+    """A call at one size of its only declared dim: an example's rows, repeated or cut.
+
+    `tensors` are the arguments that have the dim, by their paths.
+    """
+
+    size: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,12 @@ class Built:
     """`slots(size, others)` allocates inputs of these sizes."""
     save: Callable[[Path], None] | None = None
     """Writes the build to a file; None where nothing is compiled."""
+    recordings: tuple[Recordings, ...] = ()
+    """Those of each region; none where nothing may be recorded."""
+    recorded_as: CUDAGraphMode = CUDAGraphMode.NONE
+    """How `warm_up` records."""
+    planned: Callable[[tuple[Any, ...], dict[str, Any]], Iterator[SizedCall]] | None = None
+    """`planned(args, kwargs)` gives the calls that `warm_up` records."""
 
 
 class CompiledModel:
@@ -106,15 +130,37 @@ class CompiledModel:
         return built.entry(*args, **kwargs)
 
     def warm_up(self, example: Mapping[str, Any] | None = None, /, *args: Any, **kwargs: Any) -> None:
-        """Captures and compiles ahead of traffic, without running the module.
+        """Captures and compiles ahead of traffic, without running the module; and records, where that is asked for.
 
-        `example` maps argument names to example values; their sizes don't matter within the declared ranges.
+        `example` maps argument names to example values; their sizes don't matter within the declared ranges. Where
+        there is one declared dim, calls of the sizes in `cudagraph_capture_sizes` are recorded, in the memory of
+        `slots(size)`: that runs the module on the example's rows, and puts back what it has changed. For more dims
+        there is `record`. Raises what compiling raises, and RecordingError.
         """
         if example is not None and not isinstance(example, Mapping):
             args = (example, *args)
         elif example is not None:
             kwargs = {**example, **kwargs}
-        self._ensure_built(args, kwargs)
+        with self._building:
+            built = self._ensure_built(args, kwargs)
+            if built.planned is not None and not any(one.recorded() for one in built.recordings):
+                calls = sorted(built.planned(args, kwargs), key=lambda call: -call.size)  # they share memory
+                for call in calls:
+                    self._record_in_slots(built, call)
+
+    def _record_in_slots(self, built: Built, call: SizedCall) -> None:
+        slots = self.slots(call.size)
+        replaced = {id(tensor): slots[path].copy_(tensor) for path, tensor in call.tensors.items()}
+        args, kwargs = tree_map(lambda value: replaced.get(id(value), value), (call.args, call.kwargs))
+        self._recorded(built, built.recorded_as, args, kwargs, restores=True)
+
+    def _recorded(
+        self, built: Built, mode: CUDAGraphMode, args: tuple[Any, ...], kwargs: dict[str, Any], *, restores: bool
+    ) -> Any:
+        with ExitStack() as asked:
+            for recordings in built.recordings:
+                asked.enter_context(recordings.recording(mode, restores=restores))
+            return built.entry(*args, **kwargs)
 
     def check_state(self) -> None:
         """Compares captured Python state now, for an owner that changed its module: the next call captures anew.
@@ -126,6 +172,38 @@ class CompiledModel:
                 if self._on_state_change == "error":
                     raise _state_changed(self._current.changes())
                 self._current = None
+
+    def record(
+        self,
+        example: Mapping[str, Any] | None = None,
+        /,
+        *args: Any,
+        recorded_as: CUDAGraphMode | str = CUDAGraphMode.FULL,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs this very call and records it, for replays at its sizes; gives its result. Compiles first if need be.
+
+        The recording works in the memory of its arguments: tensors with declared dims (`slots` makes such) are filled
+        by later calls, or have other tensors copied into them; weights, tensors that the module changes, and all others
+        must lie where they are now. `recorded_as` is FULL for the whole call, or PIECEWISE for its compiled pieces, at
+        any sizes of other dims than the first. Raises ConfigError, and RecordingError for what can't be recorded.
+        """
+        if example is not None and not isinstance(example, Mapping):
+            args = (example, *args)
+        elif example is not None:
+            kwargs = {**example, **kwargs}
+        mode = checked("cudagraph_mode", recorded_as)
+        if mode not in (CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE):
+            raise ConfigError(f"recorded_as={mode.name}", where="record", hint="give FULL or PIECEWISE")
+        with self._building:
+            built = self._ensure_built(args, kwargs)
+            if not built.recordings:
+                raise ConfigError(
+                    "nothing is recorded: cudagraph_mode is NONE, or nothing is compiled",
+                    where="record",
+                    hint="compile with cudagraph_mode=FULL or PIECEWISE",
+                )
+            return self._recorded(built, mode, args, kwargs, restores=False)
 
     def check(
         self, example: Mapping[str, Any] | None = None, /, *args: Any, num_sizes: int = 8, **kwargs: Any
@@ -243,7 +321,16 @@ class CompiledModel:
         """How this model was compiled; before the first call, what is configured."""
         built = self._current or (self._traces[-1] if self._traces else None)
         explanation = self._unbuilt() if built is None else built.explanation
-        return replace(explanation, checks=self._checks)
+        recordings = () if built is None else built.recordings
+        recorded = tuple(size for one in recordings for size in one.recorded())
+        memory = dict.fromkeys(use for one in recordings for use in one.memory())
+        return replace(
+            explanation,
+            checks=self._checks,
+            recorded=recorded,
+            uncovered=uncovered(recorded, explanation.dims[0]) if recordings and explanation.dims else (),
+            recorded_memory=tuple(use.to_dict() for use in memory),
+        )
 
     def _ensure_built(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
         """The trace whose state holds now, made if there is none; the module itself after too many."""

@@ -13,6 +13,7 @@ from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import Ledger
 from onegraph.ir.passes import NearMiss, PassRun
 from onegraph.ir.plan import BufferPlan
+from onegraph.ir.recording import RecordedSize, Uncovered, recorded_lines
 from onegraph.numerics.oracle import SizeCheck
 from onegraph.plan.buffers import buffer_lines
 
@@ -165,6 +166,12 @@ class Explanation:
     """What it is compiled for, in words; None where nothing is."""
     index: IndexExplanation | None = None
     """Whether the whole build was there already; None where nothing is compiled."""
+    recorded: tuple[RecordedSize, ...] = ()
+    """What is recorded, by size of the first dim."""
+    uncovered: tuple[Uncovered, ...] = ()
+    """Sizes at which calls run without a recording."""
+    recorded_memory: tuple[Mapping[str, Any], ...] = ()
+    """The memory of others that the recordings rely on: name, owner, address, bytes."""
     pending: tuple[str, ...] = ()
     """Of a build that was only compiled, what the process that loads it does first."""
 
@@ -222,8 +229,16 @@ class Explanation:
             "pieces": [piece.to_dict() for piece in self.pieces],
             "passes": [one.to_dict() for one in self.passes],
             "custom_ops": [op.to_dict() for op in self.custom_ops],
-            "plan": None,
+            "plan": self._plan_dict() if self.pieces else None,
             "check": [check.to_dict() for check in self.checks],
+        }
+
+    def _plan_dict(self) -> dict[str, Any]:
+        return {
+            "mode": self.config["cudagraph_mode"]["value"],
+            "sizes": [one.to_dict() for one in self.recorded],
+            "uncovered": [one.to_dict() for one in self.uncovered],
+            "memory": [dict(use) for use in self.recorded_memory],
         }
 
     def __str__(self) -> str:
@@ -259,6 +274,8 @@ class Explanation:
         for op in self.custom_ops:
             state = "checked on the first call's values" if op.checked else "pending: to be checked on a call's values"
             lines.append(f"op       {op.name}  {state}  ({op.user})")
+        lines += [f"recorded {line}" for line in recorded_lines(self.recorded)]
+        lines += [f"  not recorded: {one}" for one in self.uncovered if self.recorded]
         chosen = [(name, item) for name, item in self.config.items() if item["why"] != "default"]
         lines += [f"config   {name} = {item['value']}  ({item['why']})" for name, item in chosen]
         lines += [f"note     {note}" for note in self.notes]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -29,12 +30,18 @@ from onegraph.capture.regions import MAX_REGIONS, UNBACKED, Sizing, next_sizes
 from onegraph.compiled import Built
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.counters import counters
+from onegraph.cudagraph.graph import RecordedGraph, recorded_graph
+from onegraph.cudagraph.lint import calling_line
+from onegraph.cudagraph.recordings import Recordings
 from onegraph.errors import ConfigError, ConstraintError, nearest
 from onegraph.explanation import Explanation, IndexExplanation, explained_passes
 from onegraph.ir.graph import CapturedGraph
 from onegraph.ir.key import Key, Unkeyable
 from onegraph.ir.ledger import ShapeEntry
 from onegraph.ir.passes import Fuel
+from onegraph.ir.piece import SplitGraph
+from onegraph.ir.plan import ExecutionPlan
+from onegraph.ir.recording import Recorder
 from onegraph.ir.region import Region, general_region
 from onegraph.linear_kernels import linear_shapes
 from onegraph.op_kernels import uses_own_ops
@@ -64,6 +71,7 @@ def trace_and_compile(call: BuildCall, key: Key | Unkeyable, why: str) -> Built:
     config, target, stages = call.config, call.target, call.stages
     chosen = choose_passes(config)
     rewriting = pass_settings(chosen.passes, config, target, Fuel(call.fuel), call.pass_observer)
+    recorder = call.recorder()
     with dynamo.compile_scope("onegraph"):
         trace_json("config", config.to_dict)
 
@@ -80,7 +88,7 @@ def trace_and_compile(call: BuildCall, key: Key | Unkeyable, why: str) -> Built:
                     split=config.on_constraint == "split",
                     state_is_checked=call.state_checked == "call" and not config.freeze,
                 )
-            return _specialise(captured, sizing, call, rewriting)
+            return _specialise(captured, sizing, call, rewriting, recorder)
 
         made = _cover(specialise, config)
         if call.store is not None:
@@ -90,6 +98,7 @@ def trace_and_compile(call: BuildCall, key: Key | Unkeyable, why: str) -> Built:
             refuse_missed(chosen, (run for one in made for runs in one.passed.runs for run in runs))
         explanation, trace = _indexed(call, made, _explain(call, made), key, why, time.perf_counter() - started)
         trace_json("explain", explanation.to_dict)
+    call = replace(call, args=(), kwargs={})  # what is kept below doesn't keep the caller's tensors
     captured = made[0].captured
     entry = captured.bind_entry([(one.region.predicate, one.call) for one in made])
 
@@ -106,6 +115,7 @@ def trace_and_compile(call: BuildCall, key: Key | Unkeyable, why: str) -> Built:
             fallback=fall_back,
             failed_piece=failed_piece,
             slots=slots,
+            recordings=tuple(one.recordings for one in made if one.recordings is not None),
             save=saving(call, trace, explanation, any(uses_own_ops(one.captured.graph_module) for one in made)),
         ),
         (read for one in made for read in one.captured.state),
@@ -138,7 +148,9 @@ def _indexed(
     return replace(explanation, index=IndexExplanation("miss", why), stages=call.stages.totals()), trace
 
 
-def _specialise(captured: CapturedGraph, sizing: Sizing, call: BuildCall, rewriting: PassSettings) -> Specialised:
+def _specialise(
+    captured: CapturedGraph, sizing: Sizing, call: BuildCall, rewriting: PassSettings, recorder: Recorder | None
+) -> Specialised:
     """The stages after capture, for one region."""
     config, target, stages, owned = call.config, call.target, call.stages, call.owned
     trace_text("captured_graph", lambda: captured.graph_module.print_readable(print_output=False))
@@ -187,7 +199,12 @@ def _specialise(captured: CapturedGraph, sizing: Sizing, call: BuildCall, rewrit
     with stages.stage("bind"):
         foreign = custom_ops(captured.graph_module)
         further = slice(len(captured.weights), len(captured.weights) + len(passed.merged))
-        checked = checked_at_first_call(run, captured.graph_module, foreign, further)
+        recordings = None
+        if recorder is not None:
+            edited = {i for part in pieces for i, piece in enumerate(part) if piece.edited}
+            graph = _recorded_graph(captured, split, plan, run, edited)
+            recordings = Recordings.configured(graph, recorder, config)
+        checked = checked_at_first_call(recordings or run, captured.graph_module, foreign, further)
         indices, groups = group_indices(captured, passed.merged), None
         if owned is not None and target.runs:
             groups = bind_groups(owned, captured.weights, indices, target.required_alignment)
@@ -209,10 +226,29 @@ def _specialise(captured: CapturedGraph, sizing: Sizing, call: BuildCall, rewrit
         groups=indices,
         custom_ops=foreign,
         call=captured.make_callable(weights.run),
+        recordings=recordings,
     )
     if sizing.mode == "unbacked":
         return made
     return replace(made, region=replace(region, predicate=region_predicate(made.constraints, captured.fixed)))
+
+
+def _recorded_graph(
+    captured: CapturedGraph, split: SplitGraph, plan: ExecutionPlan, run: Callable[..., Any], edited: Iterable[int]
+) -> RecordedGraph:
+    """What recordings know of the plan's function, which has `edited` pieces."""
+    num_weights, inputs = len(captured.weights), captured.input_names
+    merged = plan.inputs[num_weights : len(plan.inputs) - len(inputs)]
+    return recorded_graph(
+        plan,
+        run,
+        weights=(*(weight.name for weight in captured.weights), *merged),
+        input_names=inputs,
+        is_tensor=[isinstance(fake, torch.Tensor) for fake in captured.fake_inputs[num_weights:]],
+        sized=captured.sized,
+        unrecordable=dict.fromkeys(edited, "edited: somebody has edited its code"),
+        user_line=lambda piece, op: calling_line(split.pieces[piece], op),
+    )
 
 
 def _refuse_unknown_ops(captured: CapturedGraph, config: ResolvedConfig) -> None:

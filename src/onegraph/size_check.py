@@ -15,6 +15,7 @@ import torch
 
 from onegraph.capture.inputs import read_call
 from onegraph.capture.signatures import call_signature
+from onegraph.compiled import SizedCall
 from onegraph.errors import ConfigError
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import ShapeEntry
@@ -68,6 +69,27 @@ def check_sizes(
         sizes = {dim.name: min(max(size, dim.min), dim.max) for dim in inputs.dims}
         resized_args, resized_kwargs = _resized(args, kwargs, by_tensor, sizes)
         yield SizeCheck(size, check_call(compiled, original, resized_args, resized_kwargs))
+
+
+def sized_calls(
+    original: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    dynamic_shapes: Any,
+    max_size: int,
+    sizes: Iterable[int],
+) -> Iterator[SizedCall]:
+    """The example call at each of the sizes of its only declared dim. Raises ConfigError as `check_sizes`."""
+    signature = call_signature(original)
+    inputs = read_call(signature, args, kwargs, dynamic_shapes, max_size)
+    (dim,) = inputs.dims
+    by_tensor = {id(leaf.value): leaf.dims for leaf in inputs.leaves if leaf.dims}
+    for size in sizes:
+        resized_args, resized_kwargs = _resized(args, kwargs, by_tensor, {dim.name: size})
+        leaves = read_call(signature, resized_args, resized_kwargs, dynamic_shapes, max_size).leaves
+        tensors = {leaf.path: leaf.value for leaf in leaves if leaf.dims}
+        yield SizedCall(size, resized_args, resized_kwargs, tensors)
 
 
 def _resized(

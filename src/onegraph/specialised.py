@@ -13,6 +13,7 @@ from typing import Any
 from onegraph.binding import BoundWeights
 from onegraph.capture.regions import covered_range
 from onegraph.config.resolve import ResolvedConfig
+from onegraph.cudagraph.recordings import Recordings
 from onegraph.errors import ConfigError
 from onegraph.explanation import PieceExplanation, RangeExplanation
 from onegraph.ir.artifact import CompiledPiece
@@ -51,6 +52,8 @@ class Specialised:
     """The graph's weights that each merged one is made of, by their indices."""
     custom_ops: tuple[CustomOp, ...]
     call: Callable[..., Any]
+    recordings: Recordings | None = None
+    """What stands before `run`, where calls may be recorded."""
 
     @property
     def constraints(self) -> tuple[ShapeEntry, ...]:
@@ -107,6 +110,8 @@ def _serves(one: Specialised, size: int) -> bool:
 
 def _with_eager_one(one: Specialised, index: int, why: str, size: int | None) -> Specialised:
     regions = range(len(one.parts)) if size is None else [i for i, part in enumerate(one.parts) if part.has(size)][:1]
+    if one.recordings is not None:
+        one.recordings.forget()
     call = as_captured(one.split.pieces[index], one.passed.pieces[index], one.passed.merged)
     replaced = CompiledPiece(call, "eager", "off", why, 0.0)
     pieces = list(one.pieces)

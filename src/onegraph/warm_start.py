@@ -33,9 +33,12 @@ from onegraph.compilers.loading import WRAPPER, load_artifact
 from onegraph.compilers.machine import machine_factors
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.counters import counters
+from onegraph.cudagraph.graph import recorded_graph
+from onegraph.cudagraph.recordings import Recordings
 from onegraph.explanation import Explanation, IndexExplanation
 from onegraph.ir.artifact import PieceCallable
 from onegraph.ir.key import Key, Unkeyable
+from onegraph.ir.recording import Recorder
 from onegraph.ir.source_text import code_digest
 from onegraph.ir.target import Target
 from onegraph.kept_artifacts import load_kept
@@ -54,7 +57,12 @@ from onegraph.torch_compat.custom_hooks import hook_identities
 from onegraph.torch_compat.pytree import tree_flatten, tree_unflatten
 from onegraph.torch_compat.structured_trace import trace_is_written, trace_json, trace_text
 
-_OF_NO_EFFECT = frozenset({"compile_cache_save_format", "on_state_change"})
+_OF_NO_EFFECT = frozenset(
+    {
+        *("compile_cache_save_format", "on_state_change", "on_memory_change", "cudagraph_mode"),
+        *("cudagraph_capture_sizes", "cudagraph_check", "cudagraph_lazy", "cudagraph_debug"),
+    }
+)
 """Fields that change nothing of what is built."""
 _ASKED_MATTERS = ("passes", "splitting_ops", "autotune")
 """Fields whose value is refused where it can't be honoured, if it was asked for."""
@@ -68,6 +76,7 @@ class RevivedRegion:
     record: RegionRecord
     weights: BoundWeights
     call: Callable[..., Any]
+    recordings: Recordings | None
 
 
 def index_key(call: BuildCall) -> Key | Unkeyable:
@@ -202,7 +211,14 @@ def _built(
     slots = functools.partial(allocate_slots, first.record.trace.sized, first.record.trace.dims)
     explanation = replace(_explanation(record, call.name, call.config, notes), pending=_pending(record, call.target))
     return without_call.with_checks(
-        Built(entry, explanation, fallback=fall_back, failed_piece=failed_piece, slots=slots),
+        Built(
+            entry,
+            explanation,
+            fallback=fall_back,
+            failed_piece=failed_piece,
+            slots=slots,
+            recordings=tuple(one.recordings for one in regions if one.recordings is not None),
+        ),
         (read for one in regions for read in one.trace.call.state),
         [one.weights for one in regions],
     )
@@ -229,10 +245,11 @@ def _revived_regions(record: BuildRecord, call: BuildCall) -> tuple[list[Revived
     if record.uses_own_ops:
         notes = install_op_kernels(call.target, call.store).notes
         notes += tuple(map(str, choose_kernels_for(record.linears, call.target, call.store)))
-    return [_revived(region, trace, call) for region, trace in revived], notes
+    recorder = call.recorder()
+    return [_revived(region, trace, call, recorder) for region, trace in revived], notes
 
 
-def _revived(record: RegionRecord, trace: RevivedTrace, call: BuildCall) -> RevivedRegion:
+def _revived(record: RegionRecord, trace: RevivedTrace, call: BuildCall, recorder: Recorder | None) -> RevivedRegion:
     owned, target = call.owned, call.target
     assert call.store is not None
     trace_text("captured_graph", lambda: zlib.decompress(record.graph).decode())
@@ -248,13 +265,26 @@ def _revived(record: RegionRecord, trace: RevivedTrace, call: BuildCall) -> Revi
     finder = region_finder([part.ranges[0][1:] for part in record.parts]) if len(record.parts) > 1 else None
     sizes = size_names(record.plan, calls) if call.config.plan_memory else None
     run = plan_function(record.plan, calls, finder, sizes)
+    recordings = None
+    if recorder is not None:
+        graph = recorded_graph(
+            record.plan,
+            run,
+            weights=(*(weight.name for weight in trace.weights), *(one.name for one in record.merged)),
+            input_names=record.trace.input_names,
+            is_tensor=record.trace.is_tensor,
+            sized=record.trace.sized,
+            unrecordable={},
+            user_line=lambda piece, op: None,  # there is no graph
+        )
+        recordings = Recordings.configured(graph, recorder, call.config)
     groups = None
     if owned is not None and target.runs:
         groups = bind_groups(owned, trace.weights, record.groups, target.required_alignment)
     mutates_inputs = any(piece.facts.mutates_inputs for pieces in record.pieces for piece in pieces)
     tensors = [index for index, is_tensor in enumerate(record.trace.is_tensor) if is_tensor and mutates_inputs]
-    weights = bind_weights(run, trace.weights, record.trace.input_names, tensors, groups)
-    return RevivedRegion(trace, record, weights, trace.call.make_callable(weights.run))
+    weights = bind_weights(recordings or run, trace.weights, record.trace.input_names, tensors, groups)
+    return RevivedRegion(trace, record, weights, trace.call.make_callable(weights.run), recordings)
 
 
 def _pieces(

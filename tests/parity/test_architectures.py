@@ -22,7 +22,7 @@ from tests.reference import MAX_TIES, expected, is_tie, load_reference
 
 pytestmark = pytest.mark.usefixtures("op_kernels")
 
-WAYS = ("eager", "unsplit", "split", "specialised", "warm")
+WAYS = ("eager", "unsplit", "split", "specialised", "warm", "recorded")
 SIZE = 4
 """Tokens of a step that gets artifacts of its own: one of each running sequence."""
 PROMPT_LENGTHS = (1, 4, 13, 21, 40)
@@ -75,9 +75,10 @@ def run(case: Case, way: str) -> tuple[LLM, Any]:
         "unsplit": {"splitting_ops": []},
         "specialised": {"compile_sizes": [SIZE]},
         "warm": {"compile_sizes": [SIZE]},
+        "recorded": {"cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": [1, 2, 4, 32]},
     }
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-    with counters.expect(**{"inductor_compiles": 0, "gxx_runs": 0} if way in ("eager", "warm") else {}):
+    with counters.expect(**{"inductor_compiles": 0, "gxx_runs": 0} if way in ("eager", "warm", "recorded") else {}):
         llm = LLM(
             str(case.folder),
             dtype="float32",
@@ -94,13 +95,20 @@ def run(case: Case, way: str) -> tuple[LLM, Any]:
 def test_greedy_tokens_equal_transformers(case: Case, architecture: str, way: str) -> None:
     if way == "warm":
         run(case, "specialised")
-    with counters.expect(graphs_captured=0 if way in ("eager", "warm") else 1):
+    if way == "recorded":
+        run(case, "split")
+    with counters.expect(graphs_captured=0 if way in ("eager", "warm", "recorded") else 1):
         llm, outputs = run(case, way)
     pieces = [piece for piece in llm.explain().pieces if piece.kind == "compiled" and piece.same_as is None]
     stores = [one.store for piece in pieces for one in piece.ranges]
     assert way == "eager" or all(piece.backend == "inductor" for piece in pieces)
-    if way == "warm":
+    if way in ("warm", "recorded"):
         assert set(stores) == {"hit"}
+    if way == "recorded":
+        sizes = [(one.num_tokens, one.mode.name) for one in llm.explain().recorded]
+        assert sizes == [
+            (n, mode) for n in (1, 2, 4, 32) for mode in ("FULL", "PIECEWISE") if (n, mode) != (32, "FULL")
+        ]
     if way == "unsplit":
         assert len(pieces) == len(stores) == 1
     if way in ("specialised", "warm"):

@@ -222,6 +222,21 @@ def test_metrics_count_what_happened(model_folder: Path) -> None:
     assert found['onegraph_events_total{event="eager_batches",reason="OG-RANGE"}'] == batches
 
 
+def test_recordings_are_counted_with_their_reasons(model_folder: Path) -> None:
+    config = {"backend": "eager", "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]}
+    with live(model_folder, engine={"enforce_eager": False, "compilation_config": config}) as one:
+        before = one.metrics()
+        post(one, prompt=[1, 2, 3], max_tokens=5, ignore_eos=True).raise_for_status()
+        after = one.metrics()
+        plan = one.http.get("/explain").json()["plan"]
+    grown = {name: after[name] - before.get(name, 0) for name in after if name.startswith("onegraph_events_total")}
+    assert grown['onegraph_events_total{event="batches",reason="FULL:exact"}'] == 4
+    assert grown['onegraph_events_total{event="batches",reason="NONE:not_uniform_decode"}'] == 1
+    assert grown['onegraph_events_total{event="replays",reason="FULL"}'] == 4
+    assert grown['onegraph_events_total{event="unrecorded_calls",reason="size_not_recorded"}'] == 1
+    assert [(one["num_tokens"], one["mode"]) for one in plan["sizes"]] == [(1, "FULL")]
+
+
 def test_metrics_show_what_runs_and_waits(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[httpx.Response] = []
     with live(model_folder, engine={"max_num_seqs": 1}) as one:

@@ -42,7 +42,7 @@ def custom_ops(graph_module: torch.fx.GraphModule) -> tuple[CustomOp, ...]:
     found: dict[str, CustomOp] = {}
     for module in graph_module.modules():
         for node in _foreign_nodes(module) if isinstance(module, torch.fx.GraphModule) else ():
-            found.setdefault(_name(node.target), CustomOp(_name(node.target), _user_line(node)))
+            found.setdefault(_name(node.target), CustomOp(_name(node.target), user_line(node)))
     return tuple(found.values())
 
 
@@ -87,7 +87,7 @@ def _name(op: Any) -> str:
     return str(packet._qualified_op_name)
 
 
-def _user_line(node: torch.fx.Node) -> str | None:
+def user_line(node: torch.fx.Node) -> str | None:
     """The innermost `file:line` of the call that is neither torch's nor that of `onegraph.opaque`."""
     frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
     users = [f"{file}:{line}" for file, line in frames if not (shapes.is_torch_file(file) or is_own_frame(file))]
@@ -242,7 +242,7 @@ class _CheckedRun(torch.fx.Interpreter):
         return [number if size is None else size for size, number in zip(known, real, strict=True)]
 
     def mismatch(self, node: torch.fx.Node, op: Any, what: str, hint: str) -> CustomOpError:
-        user = _user_line(node)
+        user = user_line(node)
         quoted = source_line(user)
         return CustomOpError(f"{what} ({op._schema})", where=f"{user}: {quoted}" if quoted else user, hint=hint)
 

@@ -87,12 +87,24 @@ class CompilationConfig:
         "ranges", "kernels", "ranges with an artifact of their own: pairs [from, to], or the sizes at which they end"
     )
     cudagraph_mode: CUDAGraphMode | None = _field(
-        "cudagraph_mode", "nothing", "what is recorded as CUDA graphs", tuple(CUDAGraphMode.__members__)
+        "cudagraph_mode",
+        "nothing",
+        "what is recorded and replayed: CUDA graphs, or the same on a CPU",
+        tuple(CUDAGraphMode.__members__),
     )
-    cudagraph_capture_sizes: tuple[int, ...] | None = _field("ints", "nothing", "sizes that are recorded")
-    cudagraph_check: str | None = _field("choice", "nothing", "when a recording is checked", ("first", "always"))
+    cudagraph_capture_sizes: tuple[int, ...] | None = _field(
+        "ints", "nothing", "sizes that are recorded; [] is 1, 2, 4, 8, by 8 to 256, by 16 to 512"
+    )
+    cudagraph_check: str | None = _field(
+        "choice",
+        "nothing",
+        "always: each replay also overwrites what the last one left, and an output that is still held is an error",
+        ("first", "always"),
+    )
     cudagraph_lazy: bool | None = _field("bool", "nothing", "record a size when it is first used")
-    cudagraph_debug: bool | None = _field("bool", "nothing", "run what would be recorded without recording it")
+    cudagraph_debug: bool | None = _field(
+        "bool", "nothing", "compare each replay with the same call without the recording"
+    )
     on_memory_change: str | None = _field(
         "choice", "nothing", "when memory that a recording reads has moved", ("error", "rerecord")
     )

@@ -86,6 +86,14 @@ class Default:
     why: str = "default"
 
 
+_OF_RECORDINGS = (
+    "cudagraph_capture_sizes",
+    "cudagraph_check",
+    "cudagraph_lazy",
+    "cudagraph_debug",
+    "on_memory_change",
+)
+
 ALWAYS: Mapping[str, Any] = {
     "passes": {},
     "extra_passes": (),
@@ -108,15 +116,6 @@ ALWAYS: Mapping[str, Any] = {
     "max_num_tokens": 8192,
 }
 
-# What this version can't do yet: the values other than these are refused, with the reason.
-HONOURED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "cudagraph_capture_sizes": (((),), "this version makes no recordings"),
-    "cudagraph_check": ((), "this version makes no recordings"),
-    "cudagraph_lazy": ((False,), "this version makes no recordings"),
-    "cudagraph_debug": ((False,), "this version makes no recordings"),
-    "on_memory_change": ((), "this version makes no recordings"),
-}
-
 
 def resolve(
     config: CompilationConfig,
@@ -134,6 +133,7 @@ def resolve(
     values = {name: Default(value) for name, value in ALWAYS.items()} | levels | given
     values |= _autotuned(values, asked="autotune" in given)
     values["compile_sizes"] = _with_capture_sizes(values)
+    _refuse_recording_nothing(given, values["cudagraph_mode"])
     return ResolvedConfig(
         **{name: values[name].value for name in FIELDS},
         why={name: values[name].why for name in FIELDS},
@@ -243,6 +243,14 @@ def _refuse_contradictions(given: Mapping[str, Default], mode: Default, enforce_
                     where="configuration",
                     hint="leave one of the two out",
                 )
+    recorded = given.get("cudagraph_mode")
+    if recorded is not None and recorded.value is not CUDAGraphMode.NONE and mode.value not in _CAPTURING:
+        raise ConfigError(
+            f"mode={mode.value.name} ({mode.why}) captures no graph, and cudagraph_mode={recorded.value.name} "
+            f"({recorded.why}) records one",
+            where="configuration",
+            hint="leave one of the two out",
+        )
     for name in ("passes", "extra_passes", "check_passes"):
         if name in given and given[name].value and mode.value not in _CAPTURING:
             raise ConfigError(
@@ -259,6 +267,18 @@ def _refuse_contradictions(given: Mapping[str, Default], mode: Default, enforce_
         )
 
 
+def _refuse_recording_nothing(given: Mapping[str, Default], mode: Default) -> None:
+    """A setting of recordings that is asked for where there are none would be ignored."""
+    for name in _OF_RECORDINGS:
+        if name in given and given[name].value != ALWAYS[name] and mode.value is CUDAGraphMode.NONE:
+            raise ConfigError(
+                f"{name}={_jsonable(given[name].value)} ({given[name].why}), and nothing is recorded: "
+                f"cudagraph_mode=NONE ({mode.why})",
+                where="configuration",
+                hint=f"give cudagraph_mode too, such as FULL, or leave {name} out",
+            )
+
+
 def _refuse_unpacking_nowhere(given: Mapping[str, Default], environment: Environment) -> None:
     save_format = given.get("compile_cache_save_format", Default("binary"))
     if save_format.value == "unpacked" and environment.disable_compile_cache:
@@ -271,18 +291,10 @@ def _refuse_unpacking_nowhere(given: Mapping[str, Default], environment: Environ
 
 
 def _refuse_what_cant_be_done(given: Mapping[str, Default], rules: DeviceRules) -> None:
-    for name, (honoured, reason) in HONOURED.items():
-        if name in given and given[name].value not in honoured and ALWAYS.get(name) != given[name].value:
-            raise ConfigError(
-                f"{name}={_jsonable(given[name].value)} ({given[name].why}) can't be honoured: {reason}",
-                where="configuration",
-                hint=f"leave {name} out",
-            )
     asked = given.get("cudagraph_mode")
     if asked is not None and asked.value not in rules.cudagraph_modes:
         raise ConfigError(
-            f"cudagraph_mode={asked.value.name} ({asked.why}) can't be honoured on {rules.device}: "
-            "this version makes no recordings there",
+            f"cudagraph_mode={asked.value.name} ({asked.why}) can't be honoured on {rules.device}",
             where="configuration",
             hint="leave it out, or give NONE",
         )

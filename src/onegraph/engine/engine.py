@@ -6,6 +6,7 @@ thread uses an engine; only `check_request` may be called from any.
 """
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from onegraph.engine.detokenizer import Detokenizer
 from onegraph.engine.limits import Limits
 from onegraph.engine.logprobs import RankedToken, rank_tokens
 from onegraph.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
+from onegraph.engine.recorded_batches import RecordedBatches
 from onegraph.engine.request import Request, Sequence, random_stream
 from onegraph.engine.runner import PromptRows, Runner, StepLogits
 from onegraph.engine.sampler import Sampled, Sampler
@@ -140,6 +142,10 @@ class Engine:
     def warm_up(self, num_tokens: int) -> None:
         """Compiles or loads the model before the first request."""
         self._runner.warm_up(num_tokens)
+
+    def record(self, batches: RecordedBatches, progress: Callable[[int, int], None], *, lazy: bool = False) -> None:
+        """Records the model for these batches; with `lazy`, each when it first comes. Raises RecordingError."""
+        self._runner.record(batches, progress, lazy=lazy)
 
     def check(self, num_sizes: int) -> tuple[SizeCheck, ...]:
         """The compiled model against eager and fp64 at `num_sizes` batch sizes; forgets the prefix cache.

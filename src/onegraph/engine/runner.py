@@ -5,7 +5,7 @@ Keeps: the KV cache tensors and the input buffers, on one device, made once, in 
 `T` tokens of the batch, `R` sequences, `B` blocks of the longest, `S` rows with logits, `V` vocabulary.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,9 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onegraph.config.compilation import CUDAGraphMode
 from onegraph.counters import counters
+from onegraph.cudagraph.sizes import Decision, Dispatcher
 from onegraph.engine.block_tables import BlockTables
 from onegraph.engine.kv_cache import KVCaches
+from onegraph.engine.recorded_batches import RecordedBatches
 from onegraph.engine.request import Sequence
 from onegraph.engine.scheduler import Batch
 from onegraph.errors import ConfigError, ShapeOutOfRangeError
@@ -49,6 +52,9 @@ class Model(Protocol):
 
     def demote(self, error: BaseException) -> bool:
         """Has the compiled piece that raised run uncompiled; False where none did."""
+
+    def record(self, inputs: dict[str, Any], /, *, recorded_as: CUDAGraphMode) -> Any:
+        """Runs this very call, and records it."""
 
     @property
     def original(self) -> Any:
@@ -93,6 +99,9 @@ class Runner:
         self._seq_lens = _Buffer(max_num_seqs, torch.int32, device)
         self._block_tables = _Buffer(max_num_seqs * max_blocks, torch.int32, device)
         self._logits_indices = _Buffer(max_num_tokens, torch.int64, device)
+        self._recorded: RecordedBatches | None = None
+        self._to_record: set[tuple[CUDAGraphMode, int]] = set()
+        self._dispatcher = Dispatcher(CUDAGraphMode.NONE, (), ())
 
     def warm_up(self, num_tokens: int) -> None:
         """Compiles (or loads) the model on `num_tokens` padding rows, which read and write no block."""
@@ -107,6 +116,24 @@ class Runner:
                 logits_indices=np.array([num_tokens - 1]),
             )
             self._model.warm_up(inputs)
+
+    def record(self, batches: RecordedBatches, progress: Callable[[int, int], None], *, lazy: bool = False) -> None:
+        """Records the batches, the largest first; `progress` is told how many of how many are done.
+
+        With `lazy` each is recorded when it first comes. Raises RecordingError for what can't be recorded.
+        """
+        self._recorded, self._dispatcher = batches, batches.dispatcher()
+        self._to_record = {(CUDAGraphMode.FULL, size) for size in batches.full}
+        self._to_record |= {(CUDAGraphMode.PIECEWISE, size) for size in batches.piecewise}
+        if lazy:
+            return
+        total = len(self._to_record)
+        for done, (mode, size) in enumerate(sorted(self._to_record, key=lambda one: -one[1])):
+            progress(done, total)
+            with torch.inference_mode():
+                decision = Decision(mode, size, "exact")
+                self._model.record(self._inputs(**batches.padding(decision)), recorded_as=mode)
+        self._to_record.clear()
 
     def run(self, batch: Batch) -> StepLogits:
         """One forward over the batch."""
@@ -125,19 +152,34 @@ class Runner:
             first = s.sequence.num_computed_tokens
             token_ids += s.sequence.token_ids[first : first + s.num_new_tokens]
         result_rows, sequences, rows, prompts = _rows_with_logits(batch, starts.tolist(), ends.tolist())
+        arrays = {
+            "input_ids": np.array(token_ids),
+            "positions": positions,
+            "slot_mapping": blocks.astype(np.int64) * self._block_size + positions % self._block_size,
+            "query_start_loc": np.concatenate(([0], ends)),
+            "seq_lens": seq_lens,
+            "block_tables": tables[:, : -(-int(seq_lens.max()) // self._block_size)],
+            "logits_indices": np.array(result_rows),
+        }
+        if self._recorded is not None and not prompts:
+            is_decode = len(token_ids) == len(scheduled) == len(result_rows)
+            decision = self._dispatcher.decide(len(token_ids), is_uniform_decode=is_decode)
+            counters.add(f"batches:{decision.mode.name}:{decision.reason}")
+            if decision.mode is not CUDAGraphMode.NONE:
+                arrays = self._recorded.padded(arrays, decision)
+                self._record_first(decision)
         with torch.inference_mode():
-            logits = self._forward(
-                self._inputs(
-                    input_ids=np.array(token_ids),
-                    positions=positions,
-                    slot_mapping=blocks.astype(np.int64) * self._block_size + positions % self._block_size,
-                    query_start_loc=np.concatenate(([0], ends)),
-                    seq_lens=seq_lens,
-                    block_tables=tables[:, : -(-int(seq_lens.max()) // self._block_size)],
-                    logits_indices=np.array(result_rows),
-                )
-            )
-        return StepLogits(logits, sequences, rows, prompts)
+            logits = self._forward(self._inputs(**arrays))
+        return StepLogits(logits[: len(result_rows)], sequences, rows, prompts)
+
+    def _record_first(self, decision: Decision) -> None:
+        """Records a batch of padding where this is the first batch that is padded so."""
+        one = decision.mode, decision.size
+        if self._recorded is not None and one in self._to_record:
+            self._to_record.discard(one)
+            log.info("recording batches of %d tokens (%s)", decision.size, decision.mode.name)
+            with torch.inference_mode():
+                self._model.record(self._inputs(**self._recorded.padding(decision)), recorded_as=decision.mode)
 
     def check(self, num_sizes: int) -> tuple[SizeCheck, ...]:
         """The model against eager and fp64 at `num_sizes` sizes of a batch (see `sizes_to_check`).

@@ -13,12 +13,14 @@ from typing import Any
 
 from onegraph import api
 from onegraph.compiled import CompiledModel
+from onegraph.config.compilation import CUDAGraphMode
 from onegraph.config.engine import EngineConfig
 from onegraph.engine.assemble import assemble_engine
 from onegraph.engine.engine import Engine
 from onegraph.engine.kv_cache import LayerKV
 from onegraph.engine.limits import Limits, resolve_limits
 from onegraph.engine.progress import Progress, bar
+from onegraph.engine.recorded_batches import RecordedBatches
 from onegraph.engine.text import Text
 from onegraph.explanation import Explanation
 from onegraph.garbage import collected_later
@@ -50,6 +52,8 @@ class Started:
     target: Target
     load_s: float
     compile_s: float
+    recorded: RecordedBatches | None = None
+    """The batches that are recorded, or will be when they first come; None where none are."""
 
     def explain(self) -> Explanation:
         """How the model was compiled, for which device, and what its attention was lowered to."""
@@ -58,6 +62,7 @@ class Started:
             explanation,
             device=describe_target(self.target),
             notes=tuple(dict.fromkeys((*explanation.notes, *self.op_kernels.notes))),
+            uncovered=() if self.recorded is None else self.recorded.uncovered(self.limits.max_num_batched_tokens),
         )
 
 
@@ -92,8 +97,28 @@ def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
         compiled, engine = compiled_engine(config, model, layers, limits, target, progress, lookup=lookup, saved=saved)
         progress("attention kernel")
         op_kernels = NOT_ASKED if lookup is not None else install_op_kernels(target, store)
+        recorded = None if lookup is not None else _recorded_batches(compiled, limits)
+        if recorded is not None:
+            lazy = bool(compiled.explain().config["cudagraph_lazy"]["value"])
+            engine.record(recorded, lambda done, total: progress("record", f"{done} of {total} sizes"), lazy=lazy)
+    compile_s = time.perf_counter() - loaded
     return Started(
-        engine, model, compiled, op_kernels, limits, config, target, loaded - began, time.perf_counter() - loaded
+        engine, model, compiled, op_kernels, limits, config, target, loaded - began, compile_s, recorded=recorded
+    )
+
+
+def _recorded_batches(compiled: CompiledModel, limits: Limits) -> RecordedBatches | None:
+    """What of the engine's batches is recorded; None where nothing is. Raises ConfigError for sizes that can't be."""
+    settings = {name: one["value"] for name, one in compiled.explain().config.items()}
+    mode = CUDAGraphMode[settings["cudagraph_mode"]]
+    if mode is CUDAGraphMode.NONE:
+        return None
+    return RecordedBatches.planned(
+        mode,
+        settings["cudagraph_capture_sizes"],
+        max_num_tokens=limits.max_num_batched_tokens,
+        max_num_seqs=limits.max_num_seqs,
+        max_blocks=limits.max_blocks_per_seq,
     )
 
 

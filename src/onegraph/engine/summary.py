@@ -6,6 +6,7 @@ Takes: a `Started` engine. Gives: text for people; `explain` has the same as dat
 from onegraph.api import open_store
 from onegraph.engine.startup import Started
 from onegraph.env import environment
+from onegraph.ir.recording import recorded_lines
 from onegraph.op_kernels import OpKernels
 from onegraph.targets import describe_target
 
@@ -37,6 +38,7 @@ def summarise(started: Started) -> str:
     }
     lines.append(f"on        {', '.join(name for name, is_on in on.items() if is_on) or 'nothing'}")
     lines.append(f"off       {', '.join(name.split(' (')[0] for name, is_on in on.items() if not is_on) or 'nothing'}")
+    lines += [f"recorded  {line}" for line in recorded_lines(explanation.recorded)]
     lines += [f"note      {note}" for note in (*limits.downgrades, *explanation.notes)]
     return "\n".join(lines)
 

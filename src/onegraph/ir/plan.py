@@ -35,6 +35,8 @@ class ExecutionPlan:
     size: str | None = None
     symbols: Mapping[str, str] = field(default_factory=dict)
     """Symbol of a size (`u0`) -> an expression over the inputs for it."""
+    written: frozenset[str] = frozenset()
+    """The inputs whose memory the graph changes, or may change."""
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,13 @@ the host (Python, `.item()`, a branch on a value) isn't run again, and a tensor 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from onegraph.config.compilation import CUDAGraphMode
+from onegraph.ir.dims import DynamicDim
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +24,82 @@ class RecordedStep:
 
     name: str
     num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class RecordedSize:
+    """A recording of a compiled graph, for people.
+
+    `num_tokens` is the size of the first declared dim; `num_bytes` are the recording's own; `unrecorded` are pieces
+    that run as ever, and why.
+    """
+
+    num_tokens: int | None
+    mode: CUDAGraphMode
+    num_steps: int
+    num_bytes: int
+    seconds: float
+    unrecorded: Mapping[int, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "num_tokens": self.num_tokens,
+            "mode": self.mode.name,
+            "steps": self.num_steps,
+            "bytes": self.num_bytes,
+            "seconds": round(self.seconds, 4),
+            "unrecorded": [{"piece": piece, "why": why} for piece, why in self.unrecorded.items()],
+        }
+
+
+@dataclass(frozen=True)
+class Uncovered:
+    """Sizes `first..last` (None: no end) of the first declared dim that aren't recorded, and why."""
+
+    first: int
+    last: int | None
+    why: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"range": [self.first, self.last], "why": self.why}
+
+    def __str__(self) -> str:
+        sizes = f"{self.first}" if self.first == self.last else f"{self.first}..{self.last or ''}"
+        return f"{sizes}: {self.why}"
+
+
+def uncovered(recorded: Iterable[RecordedSize], dim: DynamicDim) -> tuple[Uncovered, ...]:
+    """The sizes of the first dim between those that are recorded."""
+    sizes = {one.num_tokens for one in recorded if one.num_tokens is not None}
+    edges = [dim.min - 1, *sorted(sizes), dim.max + 1]
+    return tuple(
+        Uncovered(before + 1, after - 1, "no recording of this size")
+        for before, after in itertools.pairwise(edges)
+        if after - before > 1
+    )
+
+
+def recorded_lines(recorded: Sequence[RecordedSize]) -> list[str]:
+    """A line for each way of recording, with sizes, memory and seconds."""
+    lines = []
+    for mode in dict.fromkeys(one.mode for one in recorded):
+        ours = [one for one in recorded if one.mode is mode]
+        sizes = ", ".join(str(one.num_tokens) for one in ours if one.num_tokens is not None)
+        num_bytes, seconds = sum(one.num_bytes for one in ours), sum(one.seconds for one in ours)
+        lines.append(
+            f"{mode.name}{f' at {sizes}' if sizes else ''}: {max(one.num_steps for one in ours)} steps, "
+            f"{num_bytes:,} bytes, {seconds:.2f} s"
+        )
+        left = {piece: why for one in ours for piece, why in one.unrecorded.items()}
+        lines += [f"  {len(pieces)} pieces as ever, {why}" for why, pieces in _by_reason(left).items()]
+    return lines
+
+
+def _by_reason(left: Mapping[int, str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for piece, why in left.items():
+        found.setdefault(why, []).append(piece)
+    return found
 
 
 class NotRecordableError(Exception):

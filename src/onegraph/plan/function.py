@@ -82,6 +82,18 @@ def plan_function(
     return function
 
 
+def function_regions(function: Callable[..., Any]) -> list[list[PieceCallable]]:
+    """The callables of a function made by `plan_function`, as they are now: `replace_piece` changes them."""
+    regions: list[list[PieceCallable]] = function.__globals__["__regions"]
+    return regions
+
+
+def region_of(function: Callable[..., Any], size: int | None) -> int:
+    """The index of the callables that a function made by `plan_function` calls at a size of the first dim."""
+    finder = function.__globals__["__region_of"]
+    return 0 if finder is None or size is None else int(finder(size))
+
+
 def function_source(function: Callable[..., Any]) -> str:
     """The text of a function made by `plan_function`."""
     return "".join(linecache.getlines(function.__code__.co_filename))
@@ -89,7 +101,7 @@ def function_source(function: Callable[..., Any]) -> str:
 
 def replace_piece(function: Callable[..., Any], region: int, index: int, call: PieceCallable) -> None:
     """From the next call on, `function`, made by `plan_function`, calls `call` for the piece in that region."""
-    function.__globals__["__regions"][region][index] = call
+    function_regions(function)[region][index] = call
 
 
 def region_finder(boxes: Sequence[tuple[int, int]]) -> Callable[[int], int]:

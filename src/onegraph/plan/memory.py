@@ -189,6 +189,15 @@ class Block:
         self._bound[key] = bound
         return bound.pieces
 
+    def bound(self, region: int, *sizes: int) -> list[PieceCallable]:
+        """As `pieces`, in their places from the first call on."""
+        return self._bind(region, sizes).pieces
+
+    def poison(self) -> None:
+        """Overwrites the memory with bytes that are no number in any floating-point dtype."""
+        if self._storage is not None:
+            self._storage.fill_(0xFF)
+
     def _bind(self, region: int, sizes: tuple[int, ...]) -> _Bound:
         pieces = list(self._regions[region])
         made_of, memory = self._memory.get(region, (None, None))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from onegraph.ir.fx_nodes import changed_arguments, storage_of
 from onegraph.ir.graph import FlatGraph
 from onegraph.ir.piece import Piece, SplitGraph
 from onegraph.ir.plan import ExecutionPlan, PlanCall
@@ -36,7 +37,15 @@ def plan_calls(split: SplitGraph, num_weights: int = 0, merged: Sequence[MergedW
         comment = ", ".join(part for part in (piece.kind, piece.why or piece.module_path) if part)
         calls.append(PlanCall(piece.index, piece.inputs, piece.outputs, frees, comment, dict(_sizes(piece, symbols))))
     inputs = (*names[:num_weights], *(one.name for one in merged), *names[num_weights:])
-    return ExecutionPlan(inputs, tuple(calls), split.results, _size(split.whole, symbols), symbols)
+    size = _size(split.whole, symbols)
+    return ExecutionPlan(inputs, tuple(calls), split.results, size, symbols, frozenset(_written(split.whole)))
+
+
+def _written(whole: FlatGraph) -> Iterator[str]:
+    """The placeholders that show memory which a call of the graph may change in place."""
+    graph = whole.graph_module.graph
+    changed = {storage_of(one) for node in graph.nodes for one in changed_arguments(node)} - {None}
+    yield from (node.name for node in graph.find_nodes(op="placeholder") if storage_of(node) in changed)
 
 
 def _sizes(piece: Piece, symbols: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -120,9 +120,9 @@ def _described(facts: Mapping[str, Any]) -> str:
 
 
 def device_rules(device_type: str) -> DeviceRules:
-    """What configuration may ask for on a torch device type. No target of this version has recordings yet."""
+    """What configuration may ask for on a torch device type."""
     return DeviceRules(
         device=device_type,
-        cudagraph_modes=frozenset({CUDAGraphMode.NONE}),
+        cudagraph_modes=frozenset(CUDAGraphMode),
         default_cudagraph_mode=CUDAGraphMode.NONE,
     )

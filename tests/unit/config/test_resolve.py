@@ -11,7 +11,6 @@ import pytest
 from onegraph.config.compilation import FIELDS, CompilationConfig, CompilationMode, CUDAGraphMode
 from onegraph.config.resolve import (
     ALWAYS,
-    HONOURED,
     Default,
     DeviceRules,
     ResolvedConfig,
@@ -175,8 +174,7 @@ def test_what_says_the_same_is_no_contradiction() -> None:
     assert config.why["mode"] == "user"
 
 
-REFUSED: list[dict[str, Any]] = [
-    {"cudagraph_mode": "PIECEWISE"},
+OF_RECORDINGS: list[dict[str, Any]] = [
     {"cudagraph_capture_sizes": [1, 2]},
     {"cudagraph_check": "always"},
     {"cudagraph_lazy": True},
@@ -185,21 +183,31 @@ REFUSED: list[dict[str, Any]] = [
 ]
 
 
-def test_the_list_of_what_is_refused_is_whole() -> None:
-    assert {name for fields in REFUSED for name in fields} == set(HONOURED) | {"cudagraph_mode"}
-
-
-@pytest.mark.parametrize("fields", REFUSED, ids=lambda fields: next(iter(fields)))
-def test_what_this_version_cannot_do_is_refused_when_asked(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize("fields", OF_RECORDINGS, ids=lambda fields: next(iter(fields)))
+def test_a_setting_of_recordings_is_refused_where_nothing_is_recorded(fields: dict[str, Any]) -> None:
     name = next(iter(fields))
-    with pytest.raises(ConfigError, match="can't be honoured|there is no pass") as caught:
+    with pytest.raises(ConfigError, match="nothing is recorded: cudagraph_mode=NONE") as caught:
         resolved(fields)
     assert name in str(caught.value)
     with pytest.raises(ConfigError):
         resolved(env=fields)
+    config = resolved({**fields, "cudagraph_mode": "FULL"}, rules=RECORDING)
+    assert config.why[name] == "user" and config.cudagraph_mode is CUDAGraphMode.FULL
 
 
-@pytest.mark.parametrize("name", [name for name in HONOURED if name in ALWAYS])
+@pytest.mark.parametrize("fields", [{"mode": 0}, {"mode": 1}])
+def test_a_mode_that_captures_nothing_has_nothing_to_record(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="captures no graph, and cudagraph_mode=FULL"):
+        resolved({**fields, "cudagraph_mode": "FULL"}, rules=RECORDING)
+
+
+def test_a_mode_that_a_device_has_not_is_refused() -> None:
+    rules = DeviceRules("none", frozenset({CUDAGraphMode.NONE}), CUDAGraphMode.NONE)
+    with pytest.raises(ConfigError, match="cudagraph_mode=PIECEWISE .user. can't be honoured on none"):
+        resolved({"cudagraph_mode": "PIECEWISE"}, rules=rules)
+
+
+@pytest.mark.parametrize("name", [next(iter(fields)) for fields in OF_RECORDINGS])
 def test_asking_for_what_is_done_anyway_is_fine(name: str) -> None:
     config = resolved({name: ALWAYS[name]})
     assert getattr(config, name) == ALWAYS[name]

@@ -1,0 +1,125 @@
+"""Recordings of the pieces of a graph, one for each, with what isn't recorded run between them.
+
+A piece is recorded for one size of the first declared dim; one that has other sizes too isn't. What a recorded piece
+takes lies at the same place in every call, or is copied there: results of splitting ops that have memory of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from onegraph.cudagraph.graph import RecordedGraph
+from onegraph.ir.artifact import PieceCallable, PieceCode
+from onegraph.ir.plan import ExecutionPlan, PlanCall
+from onegraph.ir.recording import NotRecordableError, Recorder, Recording
+from onegraph.plan.memory import Block, size_names, sizes_of
+
+
+class ReplayedPiece:
+    """A piece's callable that replays. `taken` are tensors that may come at another address, by index."""
+
+    def __init__(self, recording: Recording, results: Any, taken: Iterable[tuple[int, torch.Tensor]]) -> None:
+        self._recording = recording
+        self._results = results
+        self._taken = [(index, tensor, tensor.data_ptr()) for index, tensor in taken]
+        self.num_steps = len(recording.steps)
+        self.num_bytes = recording.num_bytes
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        for index, static, address in self._taken:
+            if inputs[index].data_ptr() != address:
+                static.copy_(inputs[index])
+        inputs.clear()
+        self._recording.replay()
+        return self._results
+
+
+@dataclass(frozen=True)
+class RecordedPieces:
+    """Callables for a plan's pieces, and why some of them aren't recorded."""
+
+    pieces: list[PieceCallable]
+    unrecorded: Mapping[int, str]
+
+
+def record_pieces(
+    graph: RecordedGraph, pieces: Sequence[PieceCallable], inputs: Sequence[Any], recorder: Recorder
+) -> tuple[RecordedPieces, list[Any]]:
+    """Runs the plan once and records what can be; gives the results, too. Raises what the pieces raise.
+
+    Raises NotRecordableError where nothing can be recorded.
+    """
+    plan = graph.plan
+    why = {index: reason for index, call in enumerate(plan.calls) if (reason := _reason(graph, call, pieces[index]))}
+    shown = [_Hidden(piece) if index in why else piece for index, piece in enumerate(pieces)]
+    bound, values = _bound(plan, shown, inputs), dict(zip(plan.inputs, inputs, strict=True))
+    fixed = {name for name, owner in zip(plan.inputs, graph.owners, strict=True) if owner in ("weight", "input")}
+    for index, call in enumerate(plan.calls):
+        args = [values[name] for name in call.inputs]
+        if index in why:
+            outputs = bound[index](args)
+        else:
+            try:
+                tensors = [one for one in args if isinstance(one, torch.Tensor)]
+                recording, outputs = recorder.record(partial(_called, bound[index], args), tensors)
+            except NotRecordableError as error:
+                why[index] = f"{error.code}: {error.op} {error.why}"
+                outputs = bound[index](args)
+            else:
+                taken = [
+                    (i, one)
+                    for i, (name, one) in enumerate(zip(call.inputs, args, strict=True))
+                    if isinstance(one, torch.Tensor) and name not in fixed
+                ]
+                bound[index] = ReplayedPiece(recording, outputs, taken)
+                fixed.update(call.outputs)
+        values.update(zip(call.outputs, outputs, strict=True))
+    if not any(isinstance(one, ReplayedPiece) for one in bound):
+        index, reason = next(iter(why.items()))
+        raise NotRecordableError("no_piece", f"piece {index}", f"isn't recordable ({reason}), and no other piece is")
+    results = [values[one] if isinstance(one, str) else one for one in plan.results]
+    return RecordedPieces(bound, why), results
+
+
+def _called(piece: PieceCallable, inputs: list[Any]) -> Any:
+    return piece(list(inputs))
+
+
+class _Hidden:
+    """A piece that takes no part in the plan of memory, since its sizes change between replays."""
+
+    def __init__(self, piece: PieceCallable) -> None:
+        self._piece = piece
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        return self._piece(inputs)
+
+
+def _reason(graph: RecordedGraph, call: PlanCall, piece: PieceCallable) -> str | None:
+    """Why a piece isn't recorded, before it is tried."""
+    if call.piece in graph.unrecordable:
+        return graph.unrecordable[call.piece]
+    if call.comment.startswith("splitting_op"):
+        return "splitting_op: it runs between the recorded pieces"
+    others = set(call.sizes.values())
+    if isinstance(piece, PieceCode) and piece.prepared is not None:
+        others |= {str(one) for one in sizes_of(graph.plan, call, piece.prepared)}
+    others.discard(str(graph.plan.size))
+    known = dict(zip(graph.plan.inputs, graph.names, strict=True))
+    told = ", ".join(sorted(known.get(one, one) for one in others))
+    return f"other_sizes: its sizes follow from {told} too" if others else None
+
+
+def _bound(plan: ExecutionPlan, pieces: Sequence[PieceCallable], inputs: Sequence[Any]) -> list[PieceCallable]:
+    """The pieces with their results and scratch at fixed places."""
+    names = size_names(plan, [pieces])
+    if names is None:
+        return list(pieces)
+    text = f"lambda {', '.join(plan.inputs)}: ({', '.join(names)}{',' if names else ''})"
+    sizes = eval(text)(*inputs)  # noqa: S307 - our own text
+    return Block(plan, [list(pieces)], names).bound(0, *sizes)

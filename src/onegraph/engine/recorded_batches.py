@@ -1,0 +1,106 @@
+"""Batches that are recorded: at which sizes, which batch is padded to one, and what stands in the padding.
+
+Takes: the cudagraph mode, the sizes asked for, the engine's limits. Gives: a `Decision` for each batch, and its arrays
+padded to the decision's size. A padding row is token 0 at position 0, its slot -1, so that nothing is written for it
+into the KV cache, and it belongs to no request; a padding request has no tokens; a padding row of the logits repeats
+row 0.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onegraph.config.compilation import CUDAGraphMode
+from onegraph.cudagraph.sizes import Decision, Dispatcher, recorded_sizes
+from onegraph.ir.recording import Uncovered
+
+NO_SLOT = -1
+
+Arrays = dict[str, "np.ndarray[Any, Any]"]
+"""The flat model's inputs by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedBatches:
+    """`full` and `piecewise` are the sizes that are recorded in whole, and in pieces."""
+
+    mode: CUDAGraphMode
+    full: tuple[int, ...]
+    piecewise: tuple[int, ...]
+    max_num_seqs: int
+    max_blocks_per_seq: int
+
+    @classmethod
+    def planned(
+        cls, mode: CUDAGraphMode, asked: Sequence[int], *, max_num_tokens: int, max_num_seqs: int, max_blocks: int
+    ) -> "RecordedBatches":
+        """The sizes for a mode. Raises ConfigError for an asked size that no batch of the mode has."""
+        in_whole = mode in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY)
+        in_pieces = mode in (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL_AND_PIECEWISE)
+        decodes = min(max_num_tokens, max_num_seqs)
+        most_whole = max_num_tokens if mode is CUDAGraphMode.FULL else decodes
+        sizes = recorded_sizes(asked, 1, max(max_num_tokens if in_pieces else 1, most_whole if in_whole else 1))
+        return cls(
+            mode=mode,
+            full=tuple(size for size in sizes if size <= most_whole) if in_whole else (),
+            piecewise=sizes if in_pieces else (),
+            max_num_seqs=max_num_seqs,
+            max_blocks_per_seq=max_blocks,
+        )
+
+    def dispatcher(self) -> Dispatcher:
+        """What decides for a batch."""
+        return Dispatcher(self.mode, self.full, self.piecewise)
+
+    def uncovered(self, max_num_tokens: int) -> tuple[Uncovered, ...]:
+        """The batches that run without a recording, by their numbers of tokens."""
+        found = []
+        if self.full and not self.piecewise and self.mode is not CUDAGraphMode.FULL:
+            found.append(Uncovered(2, max_num_tokens, "a request of the batch has several new tokens"))
+        largest = max((*self.full, *self.piecewise), default=0)
+        if largest < max_num_tokens:
+            found.append(Uncovered(largest + 1, max_num_tokens, "more tokens than the largest recorded batch"))
+        return tuple(found)
+
+    def padding(self, decision: Decision) -> Arrays:
+        """A batch of padding alone."""
+        nothing = np.zeros(0, dtype=np.int64)
+        empty = dict.fromkeys(("input_ids", "positions", "slot_mapping", "seq_lens", "logits_indices"), nothing)
+        tables = np.zeros((0, self.max_blocks_per_seq), dtype=np.int32)
+        arrays: Arrays = {**empty, "query_start_loc": np.zeros(1, dtype=np.int64), "block_tables": tables}
+        if decision.mode is CUDAGraphMode.PIECEWISE:  # its splitting ops want a request
+            arrays |= {
+                "query_start_loc": np.zeros(2, dtype=np.int64),
+                "seq_lens": np.zeros(1, dtype=np.int64),
+                "block_tables": np.zeros((1, 1), dtype=np.int32),
+                "logits_indices": np.zeros(1, dtype=np.int64),
+            }
+        return self.padded(arrays, decision)
+
+    def padded(self, arrays: Arrays, decision: Decision) -> Arrays:
+        """The arrays with padding up to the decision's size; `block_tables` are [R, M] with M of the longest."""
+        rows = decision.size
+        padded = {
+            **arrays,
+            "input_ids": _extended(arrays["input_ids"], rows, 0),
+            "positions": _extended(arrays["positions"], rows, 0),
+            "slot_mapping": _extended(arrays["slot_mapping"], rows, NO_SLOT),
+        }
+        if decision.mode is CUDAGraphMode.FULL:
+            num_reqs = min(rows, self.max_num_seqs)
+            starts, tables = arrays["query_start_loc"], arrays["block_tables"]
+            whole = np.zeros((num_reqs, self.max_blocks_per_seq), dtype=tables.dtype)
+            whole[: tables.shape[0], : tables.shape[1]] = tables
+            padded |= {
+                "query_start_loc": _extended(starts, num_reqs + 1, int(starts[-1])),
+                "seq_lens": _extended(arrays["seq_lens"], num_reqs, 0),
+                "block_tables": whole,
+                "logits_indices": _extended(arrays["logits_indices"], num_reqs, 0),
+            }
+        return padded
+
+
+def _extended(array: "np.ndarray[Any, Any]", size: int, value: int) -> "np.ndarray[Any, Any]":
+    return np.concatenate((array, np.full(size - len(array), value, dtype=array.dtype)))

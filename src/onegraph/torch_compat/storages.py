@@ -1,0 +1,13 @@
+"""Storages that are watched without being kept alive; torch has no public name for a weak reference to one."""
+
+from __future__ import annotations
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+__all__ = ["StorageWeakRef", "storage_of"]
+
+
+def storage_of(tensor: torch.Tensor) -> StorageWeakRef:
+    """A weak reference to a tensor's storage: `expired()` when the storage is freed, `cdata` tells storages apart."""
+    return StorageWeakRef(tensor.untyped_storage())

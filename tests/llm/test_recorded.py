@@ -1,0 +1,140 @@
+"""The engine with recordings: the same tokens in every mode, padding that reaches nothing, and what is told of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from onegraph import LLM, SamplingParams
+from onegraph.counters import counters
+from onegraph.engine.runner import Runner, StepLogits
+from onegraph.errors import ConfigError
+from tests.llm.tiny_llama import MAX_LEN
+
+MODES = ("PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
+LIMITS: dict[str, Any] = {"dtype": "float32", "num_kv_blocks": 40, "max_num_seqs": 8, "max_num_batched_tokens": 24}
+
+
+def recorded(folder: Path, mode: str, **fields: Any) -> LLM:
+    """Pieces run op by op: recordings are the same for all backends, and this one needs no compiler."""
+    config = {"backend": "eager", "cudagraph_mode": mode, **fields}
+    return LLM(str(folder), compilation_config=config, **LIMITS)
+
+
+@pytest.fixture(scope="module")
+def plain(model_folder: Path) -> LLM:
+    return LLM(str(model_folder), compilation_config={"backend": "eager", "cudagraph_mode": "NONE"}, **LIMITS)
+
+
+def steps(llm: LLM, number: int, seed: int) -> Iterator[None]:
+    """So many steps of an engine that requests come to, are served by, and are taken away from, at random."""
+    rng, engine, names = random.Random(seed), llm.engine, 0
+    for _ in range(number):
+        while not engine.has_unfinished() or rng.random() < 0.3:
+            length, names = rng.choice([1, 2, 5, 17, 40]), names + 1
+            prompt = [rng.randrange(256) for _ in range(length)]
+            params = SamplingParams(temperature=0, max_tokens=rng.randrange(1, 20), ignore_eos=True)
+            engine.add_request(f"request {names}", prompt, params)
+        if rng.random() < 0.1:
+            engine.abort(f"request {rng.randrange(1, names + 1)}")
+        if engine.has_unfinished():
+            engine.step()
+            yield
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_replay_equals_the_plain_call_on_the_same_batch(mode: str, model_folder: Path) -> None:
+    """`cudagraph_debug` compares each replay with the plan's function, on the same memory, to the bit."""
+    llm = recorded(model_folder, mode, cudagraph_debug=True, cudagraph_check="always")
+    before = counters.snapshot()
+    assert sum(1 for _ in steps(llm, 500, seed=1)) >= 490
+    after = counters.snapshot()
+    replays = {name: count - before.get(name, 0) for name, count in after.items() if name.startswith("replays:")}
+    assert sum(replays.values()) > 150, replays
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_equal_those_of_batches_without_padding(
+    mode: str, model_folder: Path, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, list[torch.Tensor]] = {}
+    run = Runner.run
+
+    def watched(self: Runner, batch: Any) -> StepLogits:
+        found = run(self, batch)
+        seen.setdefault(id(self), []).append(found.logits.clone())
+        return found
+
+    monkeypatch.setattr(Runner, "run", watched)
+    llm = recorded(model_folder, mode)
+    for one in (plain, llm):
+        one.engine.reset()
+        for _ in steps(one, 120, seed=2):
+            pass
+        one.engine.reset()
+    unpadded, padded = seen.values()
+    assert len(unpadded) == len(padded)
+    for expected, found in zip(unpadded, padded, strict=True):
+        assert expected.shape == found.shape
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+
+
+def test_padding_is_written_nowhere_and_read_nowhere(model_folder: Path) -> None:
+    """Blocks that nobody holds keep what they have, and their NaN reaches no logits."""
+    llm = recorded(model_folder, "FULL_DECODE_ONLY", cudagraph_capture_sizes=[8])
+    caches = llm.engine._runner._kv_caches
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    prompts = [{"prompt_token_ids": [5, 6, 7]}, {"prompt_token_ids": [9]}]
+    want = [one.outputs[0].token_ids for one in llm.generate(prompts, params, use_tqdm=False)]
+    llm.engine.reset()
+    with torch.inference_mode():
+        for pair in caches:
+            for cache in pair:
+                cache.fill_(float("nan"))
+    with counters.expect(**{"batches:FULL:padded": 7}):
+        got = [one.outputs[0].token_ids for one in llm.generate(prompts, params, use_tqdm=False)]
+    assert got == want
+    written = {int(block) for block in caches[0][0].isfinite().flatten(1).any(1).nonzero()}
+    assert len(written) == 2
+
+
+def test_lazy_recordings_are_made_when_a_size_first_comes(model_folder: Path) -> None:
+    llm = recorded(model_folder, "FULL_DECODE_ONLY", cudagraph_lazy=True, cudagraph_capture_sizes=[1, 4])
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    assert llm.explain().to_dict()["plan"]["sizes"] == []
+    with counters.expect(**{"recordings:FULL": 1, "replays:FULL": 5}):
+        llm.generate({"prompt_token_ids": [1, 2, 3]}, params, use_tqdm=False)
+    with counters.expect(**{"recordings:FULL": 0, "replays:FULL": 5}):
+        llm.generate({"prompt_token_ids": [1, 2, 3]}, params, use_tqdm=False)
+    assert [one["num_tokens"] for one in llm.explain().to_dict()["plan"]["sizes"]] == [1]
+
+
+def test_what_is_recorded_is_told(model_folder: Path) -> None:
+    llm = recorded(model_folder, "FULL_DECODE_ONLY")
+    plan = llm.explain().to_dict()["plan"]
+    assert plan["mode"] == "FULL_DECODE_ONLY"
+    assert [(one["num_tokens"], one["mode"]) for one in plan["sizes"]] == [(s, "FULL") for s in (1, 2, 4, 8)]
+    assert {"range": [9, 24], "why": "more tokens than the largest recorded batch"} in plan["uncovered"]
+    assert any("new tokens" in one["why"] for one in plan["uncovered"])
+    names = {use["name"] for use in plan["memory"]}
+    assert "kv_caches[0][0]" in names and any("weight" in name for name in names)
+
+
+def test_a_size_that_no_batch_has_is_refused(model_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cudagraph_capture_sizes has 9, and sizes are 1\.\.8"):
+        recorded(model_folder, "FULL_DECODE_ONLY", cudagraph_capture_sizes=[9])
+
+
+def test_long_texts_grow_into_their_block_tables(model_folder: Path, plain: LLM) -> None:
+    llm = recorded(model_folder, "FULL_DECODE_ONLY")
+    params = SamplingParams(temperature=0, max_tokens=MAX_LEN, ignore_eos=True)
+    prompts = [{"prompt_token_ids": [1]}, {"prompt_token_ids": list(range(60))}]
+    got, want = (
+        [one.outputs[0].token_ids for one in each.generate(prompts, params, use_tqdm=False)] for each in (llm, plain)
+    )
+    assert got == want

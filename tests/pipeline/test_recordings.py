@@ -1,0 +1,441 @@
+"""Recordings in library use: what is replayed, what each classic bug of recordings ends in, and what is told of it."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import onegraph
+from onegraph.counters import counters
+from onegraph.errors import CaptureError, ConfigError, RecordingError
+
+TOKENS = Dim("num_tokens", min=1, max=64)
+EAGER = {"backend": "eager", "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [1, 4]}
+"""Pieces that run op by op: what is tested here is the same for all backends, and this one needs no compiler."""
+
+
+class Block(nn.Module):
+    """A normalised layer with a residual, as most are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.nn.functional.silu(self.linear(self.norm(x)))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def recorded(module: Any, config: dict[str, Any] = EAGER, **others: Any) -> Any:
+    compiled = onegraph.compile(module, dynamic_shapes={"x": {0: TOKENS}, **others.pop("dynamic", {})}, config=config)
+    with torch.inference_mode():
+        compiled.warm_up({"x": torch.randn(3, 16), **others})
+    return compiled
+
+
+def sizes(compiled: Any) -> list[tuple[int, str]]:
+    return [(one["num_tokens"], one["mode"]) for one in compiled.explain().to_dict()["plan"]["sizes"]]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_replay_equals_the_plain_call(backend: str) -> None:
+    module = Block()
+    compiled = recorded(module, {**EAGER, "backend": backend})
+    plain = onegraph.compile(module, dynamic_shapes={"x": {0: TOKENS}}, config={"backend": backend})
+    assert sizes(compiled) == [(1, "FULL"), (4, "FULL")]
+    with torch.inference_mode():
+        for size in (4, 1, 4, 1):
+            x = torch.randn(size, 16)
+            with counters.expect(**{"replays:FULL": 1}):
+                found = compiled(x)
+            assert torch.equal(found, plain(x))
+        with counters.expect(**{"replays:FULL": 0, "unrecorded_calls:size_not_recorded": 1}):
+            x = torch.randn(5, 16)
+            assert torch.equal(compiled(x), plain(x))
+
+
+def test_results_of_a_call_on_tensors_of_ones_own_stay() -> None:
+    compiled = recorded(Block())
+    with torch.inference_mode():
+        first, second = torch.randn(4, 16), torch.randn(4, 16)
+        kept = compiled(first)
+        copy = kept.clone()
+        other = compiled(second)
+        assert torch.equal(kept, copy) and not torch.equal(kept, other)
+
+
+def test_slots_are_replayed_in_place() -> None:
+    compiled = recorded(Block())
+    slots = compiled.slots(4)
+    with torch.inference_mode():
+        slots["x"].copy_(torch.randn(4, 16))
+        first = compiled(**slots)
+        address, copy = first.data_ptr(), first.clone()
+        slots["x"].copy_(torch.randn(4, 16))
+        second = compiled(**slots)
+        assert second.data_ptr() == address and not torch.equal(copy, second)
+        assert torch.allclose(second, compiled.original(slots["x"]), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["FULL", "PIECEWISE"])
+def test_below_a_splitting_op(mode: str) -> None:
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Block(), Block()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.sort(self.first(x), 0).values)
+
+    config = {**EAGER, "cudagraph_mode": mode, "splitting_ops": ["torch.sort"]}
+    module = Split()
+    compiled = recorded(module, config)
+    assert sizes(compiled) == [(1, mode), (4, mode)]
+    unrecorded = compiled.explain().to_dict()["plan"]["sizes"][1]["unrecorded"]
+    assert [one["piece"] for one in unrecorded] == ([] if mode == "FULL" else [1])
+    with torch.inference_mode():
+        for size in (4, 1, 4):
+            x = torch.randn(size, 16)
+            with counters.expect(**{f"replays:{mode}": 1}):
+                found = compiled(x)
+            assert torch.allclose(found, module(x), atol=1e-6)
+            kept = found.clone()
+            compiled(torch.randn(size, 16))
+            assert torch.equal(found, kept)
+
+
+def failing(module: Any, *, config: dict[str, Any] = EAGER, **others: Any) -> RecordingError:
+    with pytest.raises(RecordingError) as raised:
+        recorded(module, config, **others)
+    return raised.value
+
+
+def test_random_numbers_are_named_with_their_line() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.rand_like(x)
+
+    error = failing(Noisy())
+    assert "rand" in error.message and "FULL at size 4" in error.message
+    assert error.where is not None and "test_recordings.py" in error.where
+
+
+def test_a_host_counter_is_named_and_keeps_counting_between_pieces() -> None:
+    calls = 0
+
+    @torch.library.custom_op("recordings_test::counted", mutates_args=())
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return x * 2
+
+    @counted.register_fake
+    def _(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    class Counting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.recordings_test.counted(x + 1) - 1
+
+    error = failing(Counting())
+    assert "recordings_test.counted" in error.message and "Python" in error.message
+    assert error.where is not None and "test_recordings.py" in error.where
+    config = {**EAGER, "cudagraph_mode": "PIECEWISE", "splitting_ops": ["recordings_test::counted"]}
+    compiled = recorded(Counting(), config)
+    with torch.inference_mode():
+        before, x = calls, torch.randn(4, 16)
+        for _ in range(3):
+            assert torch.equal(compiled(x), (x + 1) * 2 - 1)
+    assert calls == before + 3
+
+
+@onegraph.opaque(fake=lambda x: torch.empty_like(x))
+def signed(x: torch.Tensor) -> torch.Tensor:
+    return x.clone() if x.sum().item() > 0 else -x
+
+
+def test_a_branch_on_a_value_is_refused_at_capture_and_named_in_an_op() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum().item() > 0 else -x
+
+    class Hidden(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return signed(x + 1)
+
+    with pytest.raises(CaptureError, match="data-dependent|item"):
+        recorded(Branching())
+    error = failing(Hidden())
+    assert "Python" in error.message
+    assert error.where is not None and "test_recordings.py" in error.where
+
+
+def test_an_op_that_is_tagged_unsafe_is_named() -> None:
+    @torch.library.custom_op("recordings_test::unsafe", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+    def unsafe(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @unsafe.register_fake
+    def _(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    class Unsafe(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.recordings_test.unsafe(x)
+
+    assert "recordings_test.unsafe" in failing(Unsafe()).message
+
+
+class Table(nn.Module):
+    """Adds a table that the caller passes."""
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return x + table
+
+
+def test_a_new_input_tensor_is_named() -> None:
+    table = torch.randn(16)
+    compiled = recorded(Table(), table=table)
+    with torch.inference_mode():
+        x = torch.randn(4, 16)
+        table += 1  # the same memory
+        assert torch.equal(compiled(x, table), x + table)
+        with pytest.raises(RecordingError, match="table .input.*recorded at") as raised:
+            compiled(x, torch.randn(16))
+        assert raised.value.tensor == "table" and "on_memory_change=rerecord" in str(raised.value)
+
+
+def test_a_freed_buffer_is_named_as_freed() -> None:
+    table = torch.randn(16)
+    compiled = recorded(Table(), {**EAGER, "backend": "inductor"}, table=table)
+    other = torch.randn(16)
+    del table
+    gc.collect()
+    with torch.inference_mode(), pytest.raises(RecordingError, match="was freed"):
+        compiled(torch.randn(4, 16), other)
+
+
+def replace(module: nn.Module) -> None:
+    module.linear.weight = nn.Parameter(torch.randn(16, 16))
+
+
+def point_elsewhere(module: nn.Module) -> None:
+    module.linear.weight.data = torch.randn(16, 16)
+
+
+def fill(module: nn.Module) -> None:
+    with torch.no_grad():
+        module.linear.weight.copy_(torch.randn(16, 16))
+
+
+def load(module: nn.Module) -> None:
+    module.load_state_dict({name: torch.randn_like(value) for name, value in module.state_dict().items()})
+
+
+def load_and_assign(module: nn.Module) -> None:
+    state = {name: torch.randn_like(value) for name, value in module.state_dict().items()}
+    module.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize("change", [fill, load])
+def test_weights_that_are_changed_in_place_are_seen(change: Callable[[nn.Module], None]) -> None:
+    module = Block()
+    compiled = recorded(module)
+    with torch.inference_mode():
+        x = torch.randn(4, 16)
+        before = compiled(x)
+    change(module)
+    with torch.inference_mode(), counters.expect(**{"replays:FULL": 1}):
+        after = compiled(x)
+        assert torch.allclose(after, module(x), atol=1e-6) and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("change", [replace, point_elsewhere, load_and_assign])
+def test_a_weight_that_lies_elsewhere_is_named_or_recorded_again(change: Callable[[nn.Module], None]) -> None:
+    module = Block()
+    compiled = recorded(module)
+    again = recorded(module, {**EAGER, "on_memory_change": "rerecord"})
+    change(module)
+    with torch.inference_mode():
+        x = torch.randn(4, 16)
+        with pytest.raises(RecordingError, match="weight") as raised:
+            compiled(x)
+        assert raised.value.tensor is not None and raised.value.tensor.startswith(("linear.", "norm."))
+        with counters.expect(**{"recordings:FULL": 1, "replays:FULL": 0}):
+            assert torch.allclose(again(x), module(x), atol=1e-6)
+        with counters.expect(**{"recordings:FULL": 0, "replays:FULL": 1}):
+            assert torch.allclose(again(x), module(x), atol=1e-6)
+
+
+class Projections(nn.Module):
+    """Three layers of one input, whose weights are merged into one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x) * self.k(x) + self.v(x)
+
+
+@pytest.mark.parametrize("on_change", ["error", "rerecord"])
+def test_merged_weights_that_are_merged_anew_are_named_or_recorded_again(on_change: str) -> None:
+    module = Projections()
+    config = {**EAGER, "on_memory_change": on_change}
+    compiled = onegraph.compile(module, dynamic_shapes={"x": {0: TOKENS}}, config=config, own_weights=True)
+    with torch.inference_mode():
+        compiled.warm_up(torch.randn(3, 16))
+        names = [use["name"] for use in compiled.explain().to_dict()["plan"]["memory"]]
+        assert len(names) == 1 and "merged" in names[0]
+        x = torch.randn(4, 16)
+        with counters.expect(**{"replays:FULL": 1}):
+            assert torch.allclose(compiled(x), module(x), atol=1e-5)
+    module.k.weight = nn.Parameter(torch.randn(16, 16))
+    with torch.inference_mode():
+        if on_change == "error":
+            with pytest.raises(RecordingError, match="merged") as raised:
+                compiled(x)
+            assert raised.value.tensor == names[0]
+        else:
+            assert torch.allclose(compiled(x), module(x), atol=1e-5)
+            with counters.expect(**{"replays:FULL": 1}):
+                assert torch.allclose(compiled(x), module(x), atol=1e-5)
+
+
+def test_an_output_that_is_kept_is_named_if_always_checked() -> None:
+    compiled = recorded(Block(), {**EAGER, "cudagraph_check": "always"})
+    slots = compiled.slots(4)
+    with torch.inference_mode():
+        kept = compiled(**slots)
+        with pytest.raises(RecordingError, match="still held") as raised:
+            compiled(**slots)
+        assert raised.value.tensor == "output 0"
+        del kept
+        x = torch.randn(4, 16)
+        assert torch.allclose(compiled(x), compiled.original(x), atol=1e-6)
+
+
+class Cache(nn.Module):
+    """Writes its rows into a cache and gives the cache's sum."""
+
+    def forward(self, x: torch.Tensor, cache: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        cache.index_copy_(0, slot, x)
+        return cache.sum(0)
+
+
+def test_memory_that_is_written_stays_the_caller_s_and_is_put_back_after_warm_up() -> None:
+    cache, slot = torch.zeros(8, 16), torch.arange(3)
+    compiled = recorded(Cache(), cache=cache, slot=slot, dynamic={"cache": None, "slot": {0: TOKENS}})
+    assert not cache.any()
+    with torch.inference_mode():
+        x = torch.randn(4, 16)
+        assert torch.allclose(compiled(x, cache, torch.arange(4)), x.sum(0), atol=1e-5)
+        assert torch.equal(cache[:4], x)
+        with pytest.raises(RecordingError, match="cache .input.") as raised:
+            compiled(x, torch.zeros(8, 16), torch.arange(4))
+        assert raised.value.tensor == "cache"
+
+
+def test_several_dims_are_recorded_by_hand() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x.sum() + y
+
+    shapes = {"x": {0: TOKENS}, "y": {0: Dim("num_rows", min=1, max=64)}}
+    config = {"backend": "eager", "cudagraph_mode": "FULL"}
+    compiled = onegraph.compile(Two(), dynamic_shapes=shapes, config=config)
+    with torch.inference_mode():
+        x, y = torch.randn(4, 16), torch.randn(3, 2)
+        compiled.warm_up(x, y)
+        assert sizes(compiled) == []
+        assert torch.equal(compiled.record(x, y), x.sum() + y)
+        with counters.expect(**{"replays:FULL": 1, "unrecorded_calls:size_not_recorded": 1}):
+            other = torch.randn(4, 16)
+            assert torch.equal(compiled(other, y), other.sum() + y)
+            assert torch.equal(compiled(other, torch.zeros(5, 2)), other.sum() + torch.zeros(5, 2))
+
+
+def test_lazy_recordings_are_made_at_the_first_call_of_a_size_and_leave_its_tensors_alone() -> None:
+    compiled = recorded(Block(), {**EAGER, "cudagraph_lazy": True})
+    assert sizes(compiled) == []
+    with torch.inference_mode():
+        first = torch.randn(4, 16)
+        copy = first.clone()
+        with counters.expect(**{"recordings:FULL": 1}):
+            compiled(first)
+        with counters.expect(**{"recordings:FULL": 0, "replays:FULL": 1}):
+            x = torch.randn(4, 16)
+            assert torch.allclose(compiled(x), compiled.original(x), atol=1e-6)
+        assert torch.equal(first, copy)
+        with counters.expect(**{"recordings:FULL": 0}):
+            compiled(torch.randn(3, 16))
+    assert sizes(compiled) == [(4, "FULL")]
+
+
+def test_threads_get_their_own_results() -> None:
+    compiled = recorded(Block())
+    failures: list[str] = []
+
+    def call(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.inference_mode():
+            for _ in range(50):
+                x = torch.randn(4, 16, generator=generator)
+                if not torch.allclose(compiled(x), compiled.original(x), atol=1e-6):
+                    failures.append(f"thread {seed}")
+
+    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_piece_that_falls_back_is_no_longer_replayed() -> None:
+    compiled = recorded(Block(), {**EAGER, "backend": "aot_eager"})
+    compiled.fallback(0)
+    assert sizes(compiled) == []
+    with torch.inference_mode():
+        x = torch.randn(4, 16)
+        assert torch.allclose(compiled(x), compiled.original(x), atol=1e-6)
+
+
+def test_the_plan_tells_sizes_memory_and_what_is_uncovered() -> None:
+    compiled = recorded(Block())
+    plan = compiled.explain().to_dict()["plan"]
+    assert plan["mode"] == "FULL"
+    assert [one["range"] for one in plan["uncovered"]] == [[2, 3], [5, 64]]
+    assert {use["name"] for use in plan["memory"]} == {"norm.weight", "norm.bias", "linear.weight", "linear.bias"}
+    assert all(one["steps"] > 0 and one["seconds"] > 0 and one["bytes"] > 0 for one in plan["sizes"])
+    assert "recorded FULL at 1, 4" in str(compiled.explain())
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"cudagraph_mode": "FULL", "mode": 0}, "captures no graph"),
+        ({"cudagraph_mode": "NONE", "cudagraph_capture_sizes": [1]}, "nothing is recorded"),
+        ({"cudagraph_mode": "NONE", "on_memory_change": "rerecord"}, "nothing is recorded"),
+    ],
+)
+def test_settings_that_contradict_each_other(config: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        onegraph.compile(Block(), config=config)
+
+
+def test_a_size_out_of_range_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cudagraph_capture_sizes has 65"):
+        recorded(Block(), {**EAGER, "cudagraph_capture_sizes": [65]})
