@@ -30,4 +30,4 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, expert_ids: torch.Tensor) -> to
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-define("grouped_linear(Tensor x, Tensor weight, Tensor expert_ids) -> Tensor", grouped_linear, _fake)
+define("grouped_linear(Tensor x, Tensor weight, Tensor expert_ids) -> Tensor", grouped_linear, _fake, by_values=True)

@@ -19,6 +19,7 @@ LIBRARY = torch.library.Library("onegraph", "DEF")
 
 _with_out: list[Any] = []
 _implemented: dict[tuple[str, str], Callable[..., Any]] = {}
+_by_values: set[str] = set()
 _functions: dict[tuple[str, str], Callable[..., Any]] = {}
 """By overload and dispatch key, which is empty for what stands for all devices."""
 
@@ -28,11 +29,16 @@ def define(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     layout: torch.Tag = torch.Tag.needs_fixed_stride_order,
+    *,
+    by_values: bool = False,
 ) -> None:
     """Registers an op for all devices, with the function that stands for it while shapes are traced.
 
-    `layout` says in which strides compiled code may hand inputs over: as eager does, or as it likes.
+    `layout` says in which strides compiled code may hand inputs over: as eager does, or as it likes. `by_values` as in
+    `decides_by_values`.
     """
+    if by_values:
+        _by_values.add(f"{LIBRARY.ns}::{schema.split('(', 1)[0]}")
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(layout,))
     _register(name, implementation)
@@ -81,6 +87,11 @@ def implement(name: str, dispatch_key: str, implementation: Callable[..., Any]) 
 def _register(overload: str, function: Callable[..., Any], dispatch_key: str = "") -> None:
     LIBRARY.impl(overload, function, dispatch_key or "CompositeExplicitAutograd")
     _functions[overload, dispatch_key] = function
+
+
+def decides_by_values(op: Any) -> bool:
+    """Whether an op of ours reads values in Python to see what there is to compute: each call has to run as a whole."""
+    return op.name().partition(".")[0] in _by_values
 
 
 def function_of(op: Any, dispatch_key: str) -> Callable[..., Any] | None:

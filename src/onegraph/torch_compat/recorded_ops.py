@@ -47,14 +47,14 @@ class OperatorCall:
 
 @contextmanager
 def operators_recorded(
-    calls: list[Any], inputs: Sequence[torch.Tensor], own: Own, device: str
+    calls: list[Any], inputs: Sequence[torch.Tensor], own: Own, device: str, runs_as_whole: Callable[[Any], bool]
 ) -> Iterator[RecordedOperators]:
     """Inside, this thread's calls of operators run as always, and are appended to `calls` as OperatorCalls.
 
     The storages of `inputs` are somebody else's: they are found by address, and not kept alive. `own` and `device` are
-    as for CheckedOperators.
+    as for CheckedOperators; an operator that `runs_as_whole` is called again although it is implemented in Python.
     """
-    watch = RecordedOperators(calls, inputs, own, device)
+    watch = RecordedOperators(calls, inputs, own, device, runs_as_whole)
     thread = threading.get_ident()
     _recording[thread] = watch
     try:
@@ -86,8 +86,16 @@ def as_recorded() -> Iterator[None]:
 class RecordedOperators(CheckedOperators):
     """See `operators_recorded`. Knows which memory was made inside."""
 
-    def __init__(self, calls: list[Any], inputs: Sequence[torch.Tensor], own: Own, device: str) -> None:
+    def __init__(
+        self,
+        calls: list[Any],
+        inputs: Sequence[torch.Tensor],
+        own: Own,
+        device: str,
+        runs_as_whole: Callable[[Any], bool],
+    ) -> None:
         super().__init__(own, device)
+        self._runs_as_whole = runs_as_whole
         self._calls = calls
         plain = (one for one in inputs if one.layout == torch.strided)
         self._inputs: dict[int, Any] = {storage_key(one): one.untyped_storage() for one in plain}
@@ -114,7 +122,7 @@ class RecordedOperators(CheckedOperators):
 
     def refuse(self, func: Any, args: Any, kwargs: Any) -> None:
         """As CheckedOperators, and what runs Python."""
-        if runs_python(func):
+        if runs_python(func) and not self._runs_as_whole(func):
             raise NotRecordableError("host_code", str(func), "is implemented in Python, which a replay doesn't run")
         super().refuse(func, args, kwargs)
         _refuse_without_memory(func, tensors((args, kwargs)))

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from onegraph.ir.recording import RecordedStep
-from onegraph.ops.library import function_of
+from onegraph.ops.library import decides_by_values, function_of
 from onegraph.torch_compat.recordable import storage_key, tensors
 from onegraph.torch_compat.recorded_ops import (
     OperatorCall,
@@ -85,7 +85,10 @@ class TapeRecorder:
     def record(self, run: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> tuple[TapeRecording, Any]:
         """As Recorder.record."""
         calls: list[Any] = []
-        with kernels_recorded(calls), operators_recorded(calls, inputs, _own_function, "cpu") as memory:
+        with (
+            kernels_recorded(calls),
+            operators_recorded(calls, inputs, _own_function, "cpu", decides_by_values) as memory,
+        ):
             result = run()
         if memory.refused is not None:  # and `run` went on
             raise memory.refused
@@ -164,4 +167,4 @@ class _Kernels:
 
 
 def _own_function(op: Any) -> Callable[..., Any] | None:
-    return function_of(op, "CPU")
+    return None if decides_by_values(op) else function_of(op, "CPU")
