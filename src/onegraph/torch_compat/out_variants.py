@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from onegraph.torch_compat.operator_calls import operator_call
 from onegraph.torch_compat.operators import named_arguments
 
 _TORCHS = "aten"
@@ -33,10 +34,11 @@ def out_variant(
         outs = _outs(func, overload)
         if len(outs) != len(results):
             continue
-        bound = _bound(overload, given, set(outs))
+        positional, named = _bound(overload, given, set(outs))
         trial = [torch.empty_strided(one.size(), one.stride(), dtype=one.dtype, device=one.device) for one in results]
-        if _gives(partial(bound, **dict(zip(outs, trial, strict=True))), trial, results):
-            return partial(bound, **dict(zip(outs, results, strict=True)))
+        tried = partial(overload, *positional, **named, **dict(zip(outs, trial, strict=True)))
+        if _gives(tried, trial, results):
+            return operator_call(overload, positional, {**named, **dict(zip(outs, results, strict=True))})
     return None
 
 
@@ -50,8 +52,8 @@ def _outs(func: Any, overload: Any) -> list[str]:
     return outs if is_same and ours.keys() - theirs.keys() <= _OF_FACTORIES else []
 
 
-def _bound(overload: Any, given: Mapping[str, Any], outs: set[str]) -> partial[Any]:
-    """The overload with its arguments but `outs`."""
+def _bound(overload: Any, given: Mapping[str, Any], outs: set[str]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of an overload but `outs`, by position and by name."""
     positional: list[Any] = []
     named: dict[str, Any] = {}
     for one in overload._schema.arguments:
@@ -62,7 +64,7 @@ def _bound(overload: Any, given: Mapping[str, Any], outs: set[str]) -> partial[A
             named[one.name] = value
         else:
             positional.append(value)
-    return partial(overload, *positional, **named)
+    return positional, named
 
 
 def _gives(call: Callable[[], Any], trial: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> bool:

@@ -24,14 +24,15 @@ from onegraph.torch_compat.recordable import storage_key, tensors
 from onegraph.torch_compat.recorded_ops import (
     OperatorCall,
     RecordedOperators,
-    as_recorded,
     operators_recorded,
+    without_autocast,
+    without_autograd,
 )
 
 _WORD = ctypes.sizeof(ctypes.c_uint64)
 _REASON_BYTES = 512
 _Replay = ctypes.CFUNCTYPE(
-    ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64
+    ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
 )  # without Python's lock
 
 
@@ -134,7 +135,7 @@ class TapeRecording:
             torch.set_num_threads(self._num_threads)
         try:
             if self._has_operators:
-                with as_recorded():
+                with without_autograd(), without_autocast():
                     for part in self._parts:
                         part()
             else:
@@ -157,7 +158,7 @@ class _Kernels:
         self._calls = (_Call * len(calls))(*(_Call(call.run, begin) for call, begin in zip(calls, begins, strict=True)))
         self._reason = ctypes.create_string_buffer(_REASON_BYTES)
         self._replay = _Replay(_tape.replay)
-        self._arguments = ctypes.addressof(self._calls), len(calls), self._reason, _REASON_BYTES
+        self._arguments = ctypes.addressof(self._calls), len(calls), ctypes.addressof(self._reason), _REASON_BYTES
 
     def __call__(self) -> None:
         done = self._replay(*self._arguments)
