@@ -13,7 +13,7 @@ import torch
 from onegraph.ir.linear import PLAIN, TOKENS, LinearShape
 from onegraph.ops import linear as reference
 from onegraph.ops.library import implementation
-from onegraph.targets.cpu.linear import MATRIX, VECTOR, Linear
+from onegraph.targets.cpu.linear import BLOCKED, MATRIX, VECTOR, Linear
 from onegraph.torch_compat import cpu_facts
 
 pytestmark = pytest.mark.usefixtures("op_kernels")
@@ -21,8 +21,10 @@ pytestmark = pytest.mark.usefixtures("op_kernels")
 KernelsBuiltWith = Callable[..., Mapping[str, Callable[..., Any]]]
 
 has_matrices = "amx_bf16" in cpu_facts.cpu_flags()
+has_blocks = not {"avx512_bf16", "bf16"} & set(cpu_facts.cpu_flags().split())
 PAIRS = [(VECTOR, torch.float32), (VECTOR, torch.bfloat16), (PLAIN, torch.bfloat16)]
 PAIRS += [(MATRIX, torch.bfloat16)] if has_matrices else []
+PAIRS += [(BLOCKED, torch.float32), (BLOCKED, torch.bfloat16)] if has_blocks else []
 pairs = pytest.mark.parametrize(("kernel", "dtype"), PAIRS, ids=str)
 
 SIZES = list(itertools.product((1, 7, 8, 31, 32, 33, 100), (1, 2, 15, 31, 32, 40, 100)))  # outputs, inputs
@@ -72,6 +74,49 @@ def test_all_sizes(op: Linear, kernel: str, dtype: torch.dtype, num_tokens: int)
         x, weight, bias = drawn(num_tokens, outputs, inputs, dtype)
         use(op, kernel, weight)
         assert_right(op(x, weight, bias), x, weight, bias)
+
+
+@pairs
+@pytest.mark.parametrize(
+    ("num_tokens", "outputs", "inputs"), [(9, 50, 1160), (40, 25, 577), (530, 26, 37), (1030, 13, 3)]
+)
+def test_larger_sizes(op: Linear, kernel: str, dtype: torch.dtype, num_tokens: int, outputs: int, inputs: int) -> None:
+    """More than one block of inputs, of tokens, of rows."""
+    x, weight, bias = drawn(num_tokens, outputs, inputs, dtype)
+    use(op, kernel, weight)
+    assert_right(op(x, weight, bias), x, weight, bias)
+
+
+@pairs
+def test_errors_are_no_larger_than_pytorchs(op: Linear, kernel: str, dtype: torch.dtype) -> None:
+    """Against fp64, where sums are long."""
+    for num_tokens, inputs in ((2, 600), (16, 1536), (70, 3000)):
+        x, weight, _ = drawn(num_tokens, 30, inputs, dtype)
+        exact = x.double() @ weight.double().T
+        use(op, kernel, weight)
+        found, plain = (one.double() - exact for one in (op(x, weight, None), torch.mm(x, weight.t())))
+        assert found.norm() <= 1.5 * plain.norm() and found.abs().max() <= 2 * plain.abs().max()
+
+
+@pairs
+def test_more_threads_than_rows(op: Linear, kernel: str, dtype: torch.dtype) -> None:
+    x, weight, bias = drawn(300, 14, 64, dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    try:
+        use(op, kernel, weight)
+        assert_right(op(x, weight, bias), x, weight, bias)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pairs
+def test_a_tokens_result_does_not_depend_on_the_others(op: Linear, kernel: str, dtype: torch.dtype) -> None:
+    x, weight, bias = drawn(37, 50, 100, dtype)
+    use(op, kernel, weight)
+    together = op(x, weight, bias)
+    for first, last in ((0, 1), (3, 8), (20, 37)) if kernel != PLAIN else ():
+        assert torch.equal(op(x[first:last], weight, bias), together[first:last])
 
 
 @pairs
@@ -184,7 +229,8 @@ def test_the_kernels_are_what_runs(op: Linear, monkeypatch: pytest.MonkeyPatch) 
 def test_the_rule_has_a_kernel_for_each_number_of_tokens(op: Linear) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         rule = op.rule(dtype)
-        assert len(rule) == len(TOKENS) and set(rule) <= set(op.kernels(dtype)) and rule[-1] == PLAIN
+        assert len(rule) == len(TOKENS) and set(rule) <= set(op.kernels(dtype))
+        assert rule[-1] == (BLOCKED if has_blocks and dtype == torch.bfloat16 else PLAIN)
     assert op.kernels(torch.float16) == (PLAIN,)
 
 
@@ -198,7 +244,8 @@ def test_other_instruction_sets(kernels_built_with: KernelsBuiltWith, flags: tup
     op = kernels_built_with(*flags)["linear"]
     assert isinstance(op, Linear) and MATRIX not in op.kernels(torch.bfloat16)
     for dtype in (torch.float32, torch.bfloat16):
-        for num_tokens, (outputs, inputs) in itertools.product((1, 2, 3, 9), SIZES):
-            x, weight, bias = drawn(num_tokens, outputs, inputs, dtype)
-            use(op, VECTOR, weight)
-            assert_right(op(x, weight, bias), x, weight, bias)
+        for kernel in {VECTOR, BLOCKED} & set(op.kernels(dtype)):
+            for num_tokens, (outputs, inputs) in itertools.product((1, 2, 3, 9), SIZES):
+                x, weight, bias = drawn(num_tokens, outputs, inputs, dtype)
+                use(op, kernel, weight)
+                assert_right(op(x, weight, bias), x, weight, bias)

@@ -1,4 +1,4 @@
-"""`onegraph::linear` on the CPU: for each call one of PyTorch's kernel, a vector kernel and one of matrix instructions.
+"""`onegraph::linear` on the CPU: for each call PyTorch's kernel, or one of vectors, blocks or matrix instructions.
 
 All of them read the weight where it lies, row by row: there is no packed copy that takes memory and could be stale.
 Takes the built library's functions. What the kernels don't do is left to PyTorch: dtypes beside fp32 and bf16, weights
@@ -17,10 +17,10 @@ import torch
 from onegraph.ir.linear import PLAIN, TOKENS, LinearShape, choice_index
 from onegraph.ops import linear as reference
 
-VECTOR, MATRIX = "vector", "amx"
+VECTOR, BLOCKED, MATRIX = "vector", "blocked", "amx"
 
-_MAX_VECTOR_TOKENS = {True: 1, False: 4}
-"""Where nothing was measured, the vector kernel runs up to so many tokens: with matrix instructions, and without."""
+_MAX_VECTOR_TOKENS = {MATRIX: 1, BLOCKED: 8, PLAIN: 4}
+"""Where nothing was measured, the vector kernel runs up to so many tokens, by which one runs more of them."""
 _MAX_MATRIX_TOKENS = 256
 
 Kernel = Callable[..., None]
@@ -34,6 +34,9 @@ class Linear:
             torch.float32: {PLAIN: None, VECTOR: library["linear_float"]},
             torch.bfloat16: {PLAIN: None, VECTOR: library["linear_bfloat16"]},
         }
+        if "linear_by_blocks_bfloat16" in library:  # where there are no instructions for bf16
+            self._kernels[torch.float32][BLOCKED] = library["linear_by_blocks_float"]
+            self._kernels[torch.bfloat16][BLOCKED] = library["linear_by_blocks_bfloat16"]
         if _has_matrices(library):
             self._kernels[torch.bfloat16][MATRIX] = library["linear_by_matrices"]
         self._chosen: dict[tuple[int, int, torch.dtype, int], tuple[Kernel | None, ...]] = {}
@@ -81,9 +84,11 @@ class Linear:
         return tuple(self._kernels.get(dtype, (PLAIN,)))
 
     def rule(self, dtype: torch.dtype) -> tuple[str, ...]:
-        has_matrices = MATRIX in self.kernels(dtype)
-        few, many = _MAX_VECTOR_TOKENS[has_matrices], _MAX_MATRIX_TOKENS if has_matrices else 0
-        return tuple(VECTOR if tokens <= few else MATRIX if tokens <= many else PLAIN for tokens in TOKENS)
+        known = self.kernels(dtype)
+        most = BLOCKED if BLOCKED in known and dtype == torch.bfloat16 else PLAIN  # PyTorch's is as fast in fp32
+        more = MATRIX if MATRIX in known else most
+        few, some = _MAX_VECTOR_TOKENS[more], _MAX_MATRIX_TOKENS
+        return tuple(VECTOR if tokens <= few else more if tokens <= some else most for tokens in TOKENS)
 
     def run(self, kernel: str, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         function = self._kernels[x.dtype][kernel]

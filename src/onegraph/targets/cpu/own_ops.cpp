@@ -21,6 +21,10 @@ static PyMethodDef methods[] = {
     function<onegraph::run_largest>("largest"),
     function<onegraph::run_linear<onegraph::linear_by_vectors<float>>>("linear_float"),
     function<onegraph::run_linear<onegraph::linear_by_vectors<onegraph::BFloat16>>>("linear_bfloat16"),
+#if defined(ONEGRAPH_BLOCKED)
+    function<onegraph::run_linear<onegraph::linear_by_blocks<float>>>("linear_by_blocks_float"),
+    function<onegraph::run_linear<onegraph::linear_by_blocks<onegraph::BFloat16>>>("linear_by_blocks_bfloat16"),
+#endif
 #if defined(ONEGRAPH_AMX)
     function<onegraph::run_linear<onegraph::linear_by_matrices>>("linear_by_matrices"),
     function<onegraph::check_matrices>("check_matrices"),

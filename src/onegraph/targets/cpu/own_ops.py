@@ -23,6 +23,7 @@ SOURCES = (
     "largest.h",
     "linear.h",
     "linear_amx.h",
+    "linear_blocked.h",
     "linear.cpp",
     "own_ops.cpp",
 )
