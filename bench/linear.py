@@ -4,9 +4,9 @@ usage: python -m bench.linear [--rounds 7] [--threads 2] [--mib 256] [--shapes 3
 
 For each shape as many weights as a model has, which no cache of a core holds, are each multiplied once in a round; ways
 take turns, in one process. `read` reads the same weights and does nothing else: what a step takes at the least.
-`packed` is oneDNN's kernel on weights that it has reordered before, which isn't timed. `vector` and `amx` are
-onegraph's kernels, on the weights as they lie, and `chosen` is the op with the choices that it makes by itself. Figures
-are of the median; times have quartiles and the minimum too.
+`packed` is oneDNN's kernel on weights that it has reordered before, which isn't timed. `vector`, `blocked` and
+`amx` are onegraph's kernels, on the weights as they lie, and `chosen` is the op with the choices that it makes.
+Figures are of the median; times have quartiles and the minimum too.
 
 Other load makes threads wait for each other. `threads_answer_us` says how long a small shared loop took, before and
 after; where that tells of other load, the point is measured again, up to `--tries` times, and the file has the try in
