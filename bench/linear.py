@@ -4,8 +4,8 @@ usage: python -m bench.linear [--rounds 7] [--threads 2] [--mib 256] [--shapes 3
 
 For each shape as many weights as a model has, which no cache of a core holds, are each multiplied once in a round; ways
 take turns, in one process. `read` reads the same weights and does nothing else: what a step takes at the least.
-`packed` is oneDNN's kernel on weights that it has reordered before, which isn't timed. `vector`, `blocked` and
-`amx` are onegraph's kernels, on the weights as they lie, and `chosen` is the op with the choices that it makes.
+`packed` is oneDNN's kernel, where it has one, on weights that it has reordered before, which isn't timed. `vector`,
+`blocked` and `amx` are onegraph's kernels, on the weights as they lie, and `chosen` is the op with its own choices.
 Figures are of the median; times have quartiles and the minimum too.
 
 Other load makes threads wait for each other. `threads_answer_us` says how long a small shared loop took, before and
@@ -83,13 +83,15 @@ def ways(
     """By name what goes through all weights once; onegraph's are compared with PyTorch's."""
     (outputs, inputs), dtype = weights[0].shape, weights[0].dtype
     x, out = torch.randn(tokens, inputs).to(dtype), torch.empty(tokens, outputs, dtype=dtype)
-    packed = [torch.ops.mkldnn._reorder_linear_weight(weight, tokens) for weight in weights]
     found: dict[str, Callable[[], Any]] = {
         "read": lambda: [read(weight) for weight in weights],
         "plain": lambda: [functional.linear(x, weight) for weight in weights],
-        "packed": lambda: [torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "") for weight in packed],
         "chosen": lambda: [op(x, weight, None, out=out) for weight in weights],
     }
+    if dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed = [torch.ops.mkldnn._reorder_linear_weight(weight, tokens) for weight in weights]
+        linear = torch.ops.mkldnn._linear_pointwise
+        found["packed"] = lambda: [linear(x, weight, None, "none", [], "") for weight in packed]
     for name in op.kernels(dtype):
         if name != PLAIN and (name != "vector" or tokens <= MAX_VECTOR_TOKENS):
             found[name] = lambda name=name: [op.run(name, x, weight, out) for weight in weights]
