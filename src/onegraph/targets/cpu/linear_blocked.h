@@ -165,11 +165,14 @@ static void linear_by_blocks(const Linear& p) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   for (int64_t token = 0; token < p.T; token += MAX_BLOCK_TOKENS) {
     const int64_t last = std::min(p.T, token + MAX_BLOCK_TOKENS);
+    if (token > 0) {
+#pragma omp barrier
+    }
     if (!packs_first) {
 #pragma omp for schedule(static)
       for (int64_t t = token; t < last; t += COLUMNS) pack_columns<T>(p, t, packed + (t - token) * p.I);
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t part = 0; part < threads; part++) {
       const int64_t row = part * units / threads * SUMS, end = std::min(p.O, (part + 1) * units / threads * SUMS);
       multiply_rows_by_blocks<T>(p, row, end, token, last, packed, own + omp_get_thread_num() * owned);
