@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+from tests import compiler_cache
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# How long an example takes says what else the machine does.
+settings.register_profile("onegraph", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("onegraph")
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +25,24 @@ def session_cache_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cache")
     root.chmod(0o700)
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cached_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+    """The folder in front of PATH with the g++ that compiles nothing twice; None where there is no g++."""
+    compiler = shutil.which("g++")
+    root = tmp_path_factory.getbasetemp()
+    shared = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "compiler"
+    yield None if compiler is None else compiler_cache.put_before_path(compiler, shared)
+    for large in shared.rglob("*.gch"):  # pytest keeps the folders of some runs
+        large.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def real_compiler(cached_compiler: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of how long the compiler runs, beside what, and of its end: each run is a real one."""
+    folders = os.environ["PATH"].split(os.pathsep)
+    monkeypatch.setenv("PATH", os.pathsep.join(one for one in folders if one != str(cached_compiler)))
 
 
 @pytest.fixture(autouse=True)

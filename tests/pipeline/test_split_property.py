@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,23 +20,24 @@ from torch.export import Dim
 
 import onegraph
 import onegraph.pipeline
+from onegraph.ir.graph import CapturedGraph
 from onegraph.split.split import called_ops
 from tests.compiled_parts import EAGERS_BITS
 from tests.pipeline.drawn_programs import STATEMENTS, draw_program
 
-NUM_CASES, NUM_INDUCTOR_CASES = 300, 20
+NUM_CASES, NUM_INDUCTOR_CASES, NUM_PARTS = 300, 20, 4
 ROWS = {"x": {0: Dim("rows", min=1, max=64)}}
 
 
-def loaded(seed: int, folder: Path) -> tuple[Callable[..., Any], list[str]]:
-    source, used = draw_program(seed)
+def loaded(seed: int, folder: Path) -> Callable[..., Any]:
     path = folder / f"program_{seed}.py"
-    path.write_text(source)
+    path.write_text(draw_program(seed)[0])
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.program, used
+    program: Callable[..., Any] = module.program
+    return program
 
 
 def ran(function: Callable[..., Any], rows: int) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
@@ -64,24 +66,32 @@ def drawn_regions(random: Random) -> dict[str, Any]:
     }
 
 
-def check_case(seed: int, folder: Path, backend: str) -> tuple[list[str], int]:
-    """The statements of the case, and the number of its pieces."""
-    program, used = loaded(seed, folder)
-    random = Random(seed)
-    captured = []
-    split_graph = onegraph.pipeline.split_graph
+class TracedError(Exception):
+    """Ends a build that was begun for its trace alone."""
 
-    def keeping(graph: Any, ops: Any) -> Any:
-        captured.append(called_ops(graph))
-        return split_graph(graph, ops)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onegraph.pipeline, "split_graph", keeping)
-        whole = onegraph.compile(
-            program, dynamic_shapes=ROWS, config={"backend": "eager", "passes": EAGERS_BITS, "splitting_ops": []}
-        )
+def traced(program: Callable[..., Any]) -> CapturedGraph:
+    """What is traced of the program, whatever its splitting ops."""
+    found = []
+    capture = onegraph.pipeline.capture
+
+    def only_capture(*args: Any, **kwargs: Any) -> None:
+        found.append(capture(*args, **kwargs))
+        raise TracedError
+
+    whole = onegraph.compile(program, dynamic_shapes=ROWS, config={"backend": "eager", "splitting_ops": []})
+    with mock.patch.object(onegraph.pipeline, "capture", only_capture), pytest.raises(TracedError):
         ran(whole, 5)
-    ops = random.sample(captured[0], min(len(captured[0]), random.randint(1, 3)))
+    return found[0]
+
+
+def check_case(seed: int, folder: Path, backend: str) -> int:
+    """The number of the case's pieces."""
+    program = loaded(seed, folder)
+    random = Random(seed)
+    captured = traced(program)
+    called = called_ops(captured)
+    ops = random.sample(called, min(len(called), random.randint(1, 3)))
     config: dict[str, Any] = {"backend": backend, "passes": EAGERS_BITS, "splitting_ops": ops}
     if backend == "aot_eager":
         config |= drawn_regions(random)
@@ -90,32 +100,33 @@ def check_case(seed: int, folder: Path, backend: str) -> tuple[list[str], int]:
     split = onegraph.compile(program, dynamic_shapes=ROWS, config=config)
     exact = {"rtol": 0, "atol": 0} if backend == "eager" else {"rtol": 1e-4, "atol": 1e-5}
     earlier: list[tuple[Any, Any]] = []
-    for rows in (5, 1, 2, 64, 5):
-        (found, after), (expected, eager_after) = ran(split, rows), ran(program, rows)
-        assert [type(one) for one in found] == [type(one) for one in expected]
-        told = f"seed {seed}, {config}, {rows} rows\n{draw_program(seed)[0]}"
-        torch.testing.assert_close(after, eager_after, **exact, msg=lambda text, told=told: f"{text}\n{told}")
-        assert sharing(after) == sharing(eager_after), told
-        earlier.append((after, [tensor.clone() for tensor in after]))
+    with mock.patch.object(onegraph.pipeline, "capture", side_effect=[captured]):
+        for rows in (5, 1, 2, 64, 5):
+            (found, after), (expected, eager_after) = ran(split, rows), ran(program, rows)
+            assert [type(one) for one in found] == [type(one) for one in expected]
+            told = f"seed {seed}, {config}, {rows} rows\n{draw_program(seed)[0]}"
+            torch.testing.assert_close(after, eager_after, **exact, msg=lambda text, told=told: f"{text}\n{told}")
+            assert sharing(after) == sharing(eager_after), told
+            earlier.append((after, [tensor.clone() for tensor in after]))
     for kept, then in earlier:  # no call has written into what an earlier one gave
         torch.testing.assert_close(kept, then, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{text}\n{told}")
-    return used, len(split.explain().pieces)
+    return len(split.explain().pieces)
 
 
-@pytest.mark.timeout(1800)
-def test_split_equals_eager(tmp_path: Path) -> None:
-    used: Counter[str] = Counter()
-    num_pieces = 0
-    for seed in range(NUM_CASES):
-        backend = "aot_eager" if seed % 3 == 2 else "eager"
-        kinds, pieces = check_case(seed, tmp_path, backend)
-        used.update(kinds)
-        num_pieces += pieces
+def test_every_statement_is_drawn() -> None:
+    used = Counter(kind for seed in range(NUM_CASES) for kind in draw_program(seed)[1])
     assert set(used) == set(STATEMENTS) and min(used.values()) >= 10, used
-    assert num_pieces > 3 * NUM_CASES
 
 
-@pytest.mark.timeout(1800)
-def test_split_equals_eager_with_inductor(tmp_path: Path) -> None:
-    for seed in range(10_000, 10_000 + NUM_INDUCTOR_CASES):
+@pytest.mark.parametrize("part", range(NUM_PARTS))
+def test_split_equals_eager(part: int, tmp_path: Path) -> None:
+    seeds = range(part, NUM_CASES, NUM_PARTS)
+    backends = ["aot_eager" if seed % 3 == 2 else "eager" for seed in seeds]
+    num_pieces = sum(check_case(seed, tmp_path, backend) for seed, backend in zip(seeds, backends, strict=True))
+    assert num_pieces > 3 * len(seeds)
+
+
+@pytest.mark.parametrize("part", range(NUM_PARTS))
+def test_split_equals_eager_with_inductor(part: int, tmp_path: Path) -> None:
+    for seed in range(10_000 + part, 10_000 + NUM_INDUCTOR_CASES, NUM_PARTS):
         check_case(seed, tmp_path, "inductor")

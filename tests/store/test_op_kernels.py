@@ -136,6 +136,7 @@ def test_a_disk_that_became_full_while_it_was_built_is_told(tmp_path: Path) -> N
     assert "couldn't be kept in" in result.stderr and not list((tmp_path / "root").rglob("*.so"))
 
 
+@pytest.mark.usefixtures("real_compiler")
 def test_a_start_that_is_killed_costs_the_next_one_nothing_but_its_own_build(tmp_path: Path) -> None:
     """Killed at different moments of one cold start, with the compiler left running or the store half written."""
     root = tmp_path / "root"

@@ -155,6 +155,7 @@ def test_an_edited_byte_of_a_dead_process_is_never_seen(tmp_path: Path) -> None:
     assert start(root)["key"] == facts["key"]
 
 
+@pytest.mark.usefixtures("real_compiler")
 def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     root = tmp_path / "root"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ONEGRAPH_")}

@@ -9,6 +9,8 @@ import pytest
 from onegraph.errors import CompileError
 from onegraph.targets.cpu.compiler_run import CompilerRun, NothingToBuild
 
+pytestmark = pytest.mark.usefixtures("real_compiler")
+
 
 def test_files_are_the_source_and_a_library() -> None:
     text = 'extern "C" int answer() { return 42; }\n'
