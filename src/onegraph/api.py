@@ -94,8 +94,9 @@ def compiled_model(
     lookup: Lookup | None = None,
     saved: Saved | None = None,
     target: Target | None = None,
+    records_by_hand: bool = False,
 ) -> CompiledModel:
-    """As `compile`; `observer` is told of the stages.
+    """As `compile`; `observer` is told of the stages. With `records_by_hand` only `record` records.
 
     With a `lookup` nothing is compiled: it is asked what it has, and pieces run op by op. What was `saved` is taken at
     the first call, or refused.
@@ -149,6 +150,12 @@ def compiled_model(
             )
         )
 
+        return finished(built)
+
+    def finished(built: Built) -> Built:
+        """The build with what needs the module and the configuration; also after a piece of it has fallen back."""
+        fallback = built.fallback
+
         def check(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any], num_sizes: int) -> Iterator[SizeCheck]:
             from onegraph.size_check import check_sizes  # this, and what it needs, is rarely used
 
@@ -163,7 +170,12 @@ def compiled_model(
                 num_sizes=num_sizes,
             )
 
-        return replace(built, check=check, **_recorded_ahead(module, built, dynamic_shapes, resolved))
+        return replace(
+            built,
+            check=check,
+            fallback=None if fallback is None else lambda *given: finished(fallback(*given)),
+            **({} if records_by_hand else _recorded_ahead(module, built, dynamic_shapes, resolved)),
+        )
 
     return CompiledModel(
         module,
@@ -175,13 +187,22 @@ def compiled_model(
 
 
 def _recorded_ahead(module: Any, built: Built, dynamic_shapes: Any, resolved: ResolvedConfig) -> dict[str, Any]:
-    """Fields of the build: how and at which sizes `warm_up` records."""
-    dims, asked = built.explanation.dims, resolved.cudagraph_capture_sizes
+    """Fields of the build: how and at which sizes `warm_up` records. Raises ConfigError for sizes that it can't."""
+    dims, asked, lazy = built.explanation.dims, resolved.cudagraph_capture_sizes, resolved.cudagraph_lazy
     mode = CUDAGraphMode.PIECEWISE if resolved.cudagraph_mode is CUDAGraphMode.PIECEWISE else CUDAGraphMode.FULL
-    if not built.recordings or len(dims) != 1:
+    if not built.recordings:
         return {}
-    sizes = recorded_sizes(asked, dims[0].min, dims[0].max)
-    if resolved.cudagraph_lazy:
+    if len(dims) != 1 and (asked or lazy):
+        what = f"cudagraph_capture_sizes={list(asked)}" if asked else "cudagraph_lazy"
+        raise ConfigError(
+            f"{what} is about the sizes of one dynamic dim, and there are {len(dims)}",
+            where="recordings",
+            hint="leave it out: warm_up records a call without dynamic dims, and record() one with several",
+        )
+    if len(dims) > 1:
+        return {}
+    sizes = recorded_sizes(asked, dims[0].min, dims[0].max) if dims else ()
+    if lazy:
         for recordings in built.recordings:
             recordings.record_lazily(mode, sizes)
         return {}
@@ -189,14 +210,8 @@ def _recorded_ahead(module: Any, built: Built, dynamic_shapes: Any, resolved: Re
     def planned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[SizedCall]:
         from onegraph.size_check import sized_calls  # this, and what it needs, is rarely used
 
-        return sized_calls(
-            module,
-            args,
-            kwargs,
-            dynamic_shapes=dynamic_shapes,
-            max_size=resolved.max_num_tokens,
-            sizes=sizes,
-        )
+        max_size = resolved.max_num_tokens
+        return sized_calls(module, args, kwargs, dynamic_shapes=dynamic_shapes, max_size=max_size, sizes=sizes)
 
     return {"recorded_as": mode, "planned": planned}
 

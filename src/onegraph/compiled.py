@@ -132,34 +132,32 @@ class CompiledModel:
     def warm_up(self, example: Mapping[str, Any] | None = None, /, *args: Any, **kwargs: Any) -> None:
         """Captures and compiles ahead of traffic, without running the module; and records, where that is asked for.
 
-        `example` maps argument names to example values; their sizes don't matter within the declared ranges. Where
-        there is one declared dim, calls of the sizes in `cudagraph_capture_sizes` are recorded, in the memory of
-        `slots(size)`: that runs the module on the example's rows, and puts back what it has changed. For more dims
-        there is `record`. Raises what compiling raises, and RecordingError.
+        `example` maps argument names to example values; their sizes don't matter within the declared ranges. Calls of
+        the sizes in `cudagraph_capture_sizes` are recorded in the memory of `slots(size)`, one without dynamic dims in
+        its own: that runs the module, and puts back what the graph writes. `record` is for several dims.
         """
-        if example is not None and not isinstance(example, Mapping):
-            args = (example, *args)
-        elif example is not None:
-            kwargs = {**example, **kwargs}
+        args, kwargs = _arguments(example, args, kwargs)
         with self._building:
             built = self._ensure_built(args, kwargs)
-            if built.planned is not None and not any(one.recorded() for one in built.recordings):
-                calls = sorted(built.planned(args, kwargs), key=lambda call: -call.size)  # they share memory
-                for call in calls:
+            if built.planned is not None:
+                shown = (size for one in built.recordings for size in one.recorded())
+                known = {one.num_tokens or 0 for one in shown if one.mode is built.recorded_as}
+                calls = (call for call in built.planned(args, kwargs) if call.size not in known)
+                for call in sorted(calls, key=lambda call: -call.size):  # they share memory
                     self._record_in_slots(built, call)
 
     def _record_in_slots(self, built: Built, call: SizedCall) -> None:
-        slots = self.slots(call.size)
+        slots = self.slots(call.size) if call.tensors else {}
         replaced = {id(tensor): slots[path].copy_(tensor) for path, tensor in call.tensors.items()}
         args, kwargs = tree_map(lambda value: replaced.get(id(value), value), (call.args, call.kwargs))
-        self._recorded(built, built.recorded_as, args, kwargs, restores=True)
+        self._recorded(built, built.recorded_as, args, kwargs, restores=True, copies=not slots)
 
     def _recorded(
-        self, built: Built, mode: CUDAGraphMode, args: tuple[Any, ...], kwargs: dict[str, Any], *, restores: bool
+        self, built: Built, mode: CUDAGraphMode, args: tuple[Any, ...], kwargs: dict[str, Any], **how: bool
     ) -> Any:
         with ExitStack() as asked:
             for recordings in built.recordings:
-                asked.enter_context(recordings.recording(mode, restores=restores))
+                asked.enter_context(recordings.recording(mode, **how))
             return built.entry(*args, **kwargs)
 
     def check_state(self) -> None:
@@ -186,12 +184,9 @@ class CompiledModel:
         The recording works in the memory of its arguments: tensors with declared dims (`slots` makes such) are filled
         by later calls, or have other tensors copied into them; weights, tensors that the module changes, and all others
         must lie where they are now. `recorded_as` is FULL for the whole call, or PIECEWISE for its compiled pieces, at
-        any sizes of other dims than the first. Raises ConfigError, and RecordingError for what can't be recorded.
+        any sizes of other dims than the first. Raises ConfigError, and RecordingError.
         """
-        if example is not None and not isinstance(example, Mapping):
-            args = (example, *args)
-        elif example is not None:
-            kwargs = {**example, **kwargs}
+        args, kwargs = _arguments(example, args, kwargs)
         mode = checked("cudagraph_mode", recorded_as)
         if mode not in (CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE):
             raise ConfigError(f"recorded_as={mode.name}", where="record", hint="give FULL or PIECEWISE")
@@ -203,7 +198,7 @@ class CompiledModel:
                     where="record",
                     hint="compile with cudagraph_mode=FULL or PIECEWISE",
                 )
-            return self._recorded(built, mode, args, kwargs, restores=False)
+            return self._recorded(built, mode, args, kwargs)
 
     def check(
         self, example: Mapping[str, Any] | None = None, /, *args: Any, num_sizes: int = 8, **kwargs: Any
@@ -214,10 +209,7 @@ class CompiledModel:
         tuple of SizeCheck, which `explain()` shows from then on. Compiles first if need be. Raises ConfigError
         for a mode that compiles nothing of ours, and what the model raises.
         """
-        if example is not None and not isinstance(example, Mapping):
-            args = (example, *args)
-        elif example is not None:
-            kwargs = {**example, **kwargs}
+        args, kwargs = _arguments(example, args, kwargs)
         built = self._ensure_built(args, kwargs)
         if built.check is None:
             raise ConfigError("nothing is compiled, so there is nothing to check", hint="give another mode")
@@ -409,6 +401,13 @@ class CompiledModel:
     def __repr__(self) -> str:
         state = "not yet compiled" if self._current is None else "compiled"
         return f"<onegraph.CompiledModel of {type(self.original).__name__}, {state}>"
+
+
+def _arguments(example: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Of an example call: a mapping has arguments by name, anything else is the first one."""
+    if isinstance(example, Mapping):
+        return args, {**example, **kwargs}
+    return (args if example is None else (example, *args)), kwargs
 
 
 def _fallen_back(built: Built, pieces: Fallbacks) -> Built:

@@ -80,15 +80,28 @@ def sized_calls(
     max_size: int,
     sizes: Iterable[int],
 ) -> Iterator[SizedCall]:
-    """The example call at each of the sizes of its only declared dim. Raises ConfigError as `check_sizes`."""
+    """The example call at each of the sizes of its only declared dim; the call itself where there is none.
+
+    Raises ConfigError as `check_sizes`, and for a tensor that can't be replaced where it stands.
+    """
     signature = call_signature(original)
     inputs = read_call(signature, args, kwargs, dynamic_shapes, max_size)
+    if not inputs.dims:
+        yield SizedCall(0, args, kwargs, {})
+        return
     (dim,) = inputs.dims
     by_tensor = {id(leaf.value): leaf.dims for leaf in inputs.leaves if leaf.dims}
     for size in sizes:
         resized_args, resized_kwargs = _resized(args, kwargs, by_tensor, {dim.name: size})
         leaves = read_call(signature, resized_args, resized_kwargs, dynamic_shapes, max_size).leaves
         tensors = {leaf.path: leaf.value for leaf in leaves if leaf.dims}
+        for leaf in leaves:
+            if any(leaf.value.shape[index] != size for index in leaf.dims):
+                raise ConfigError(
+                    f"{leaf.path} stands in an object whose tensors can't be replaced, so it has no other size",
+                    where="warm_up",
+                    hint="record() takes a call of each size",
+                )
         yield SizedCall(size, resized_args, resized_kwargs, tensors)
 
 

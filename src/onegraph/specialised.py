@@ -110,14 +110,14 @@ def _serves(one: Specialised, size: int) -> bool:
 
 def _with_eager_one(one: Specialised, index: int, why: str, size: int | None) -> Specialised:
     regions = range(len(one.parts)) if size is None else [i for i, part in enumerate(one.parts) if part.has(size)][:1]
-    if one.recordings is not None:
-        one.recordings.forget()
     call = as_captured(one.split.pieces[index], one.passed.pieces[index], one.passed.merged)
     replaced = CompiledPiece(call, "eager", "off", why, 0.0)
     pieces = list(one.pieces)
     for region in regions:
         replace_piece(one.run, region, index, replaced.call)
         pieces[region] = _without(pieces[region], index, replaced)
+    if one.recordings is not None:
+        one.recordings.forget()
     return replace(one, pieces=tuple(pieces))
 
 

@@ -72,11 +72,14 @@ def test_logits_equal_those_of_batches_without_padding(
 
     monkeypatch.setattr(Runner, "run", watched)
     llm = recorded(model_folder, mode)
+    before = counters.snapshot()
     for one in (plain, llm):
         one.engine.reset()
         for _ in steps(one, 120, seed=2):
             pass
         one.engine.reset()
+    after = counters.snapshot()
+    assert sum(count - before.get(name, 0) for name, count in after.items() if name.startswith("replays:")) > 30
     unpadded, padded = seen.values()
     assert len(unpadded) == len(padded)
     for expected, found in zip(unpadded, padded, strict=True):
@@ -134,7 +137,9 @@ def test_long_texts_grow_into_their_block_tables(model_folder: Path, plain: LLM)
     llm = recorded(model_folder, "FULL_DECODE_ONLY")
     params = SamplingParams(temperature=0, max_tokens=MAX_LEN, ignore_eos=True)
     prompts = [{"prompt_token_ids": [1]}, {"prompt_token_ids": list(range(60))}]
+    before = counters.snapshot().get("replays:FULL", 0)
     got, want = (
         [one.outputs[0].token_ids for one in each.generate(prompts, params, use_tqdm=False)] for each in (llm, plain)
     )
     assert got == want
+    assert counters.snapshot()["replays:FULL"] > before + 60

@@ -292,6 +292,9 @@ def groups_of_rows() -> list[dict[str, Any]]:
 
 
 def agree(fields: dict[str, Any]) -> bool:
+    unsplit = fields.get("mode") not in (None, 3, "ONEGRAPH") or fields.get("level") in (0, 1)
+    if (unsplit or fields.get("splitting_ops") == []) and "PIECEWISE" in fields.get("cudagraph_mode", ""):
+        return False  # the only piece has attention, whose sizes are several
     try:
         in_python(fields)
     except ConfigError:

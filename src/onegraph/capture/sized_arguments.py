@@ -33,6 +33,7 @@ def sized_arguments(
             strides=strides,
             dtype=value.dtype,
             device=value.device,
+            sources=tuple(filter(None, (leaf.source, leaf.indexed_source))),
             twin=twin if twin != leaf.path else None,
             refused=_refused(value),
         )

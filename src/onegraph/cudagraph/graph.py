@@ -1,7 +1,8 @@
 """What recordings know of a graph: its plan, the pieces, and where each of the plan's inputs belongs.
 
 Takes a plan with the names of its inputs. An input with a declared dim is a step input, which is filled anew for each
-call, unless the graph writes into it: memory that is written, as a KV cache, and all else stays where it lies.
+call, unless the graph writes into it: memory that is written, as a KV cache, and all else stays where it lies. Without
+declared dims all inputs that aren't written are step inputs.
 """
 
 from __future__ import annotations
@@ -55,17 +56,17 @@ def recorded_graph(
     unrecordable: Mapping[int, str],
     user_line: UserLine,
 ) -> RecordedGraph:
-    """`weights` names the plan's first inputs, `input_names` the others."""
-    paths = {argument.path for argument in sized}
-    names = (*weights, *(re.sub(r"^L\['(\w+)'\]", r"\1", name) for name in input_names))
+    """`weights` names the plan's first inputs, `input_names` the others, as Dynamo does."""
+    paths = {source: argument.path for argument in sized for source in argument.sources}
+    names = [paths.get(name) or re.sub(r"^L\['(\w+)'\]", r"\1", name) for name in input_names]
     owners = ["weight"] * len(weights)
-    for place, (name, is_one) in enumerate(zip(names[len(weights) :], is_tensor, strict=True), len(weights)):
-        is_step = name in paths and plan.inputs[place] not in plan.written
+    for place, (source, is_one) in enumerate(zip(input_names, is_tensor, strict=True), len(weights)):
+        is_step = (source in paths or not paths) and plan.inputs[place] not in plan.written
         owners.append("size" if not is_one else "step input" if is_step else "input")
     return RecordedGraph(
         plan=plan,
         run=run,
-        names=names,
+        names=(*weights, *names),
         owners=tuple(owners),
         unrecordable=unrecordable,
         user_line=user_line,

@@ -1,7 +1,7 @@
 """The memory that a recording relies on and doesn't hold itself: addresses, with what has to be alive there.
 
-Takes the tensors that a recording was made with, by name. Tells whether the same storages are alive at the same
-addresses, for the tensors of a later call; and which one isn't, and what has become of it.
+Takes the tensors that a recording was made with, by name. Tells which tensor of a later call lies elsewhere, and
+whether the one that was recorded is still there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HINTS = {
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """A tensor that is read or written by its address. `owner` is `weight`, `input` or `static input`."""
+    """A tensor that is read or written by its address. `owner` is `weight` or `input`."""
 
     name: str
     owner: str
@@ -47,7 +47,7 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`uses` are in the order of the tensors that `check` takes."""
+    """`uses` are in the order of the tensors that `changed` takes."""
 
     uses: tuple[MemoryUse, ...]
 

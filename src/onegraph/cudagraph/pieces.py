@@ -17,6 +17,8 @@ from onegraph.cudagraph.graph import RecordedGraph
 from onegraph.ir.artifact import PieceCallable, PieceCode
 from onegraph.ir.plan import ExecutionPlan, PlanCall
 from onegraph.ir.recording import NotRecordableError, Recorder, Recording
+from onegraph.ops.memory import clone_together
+from onegraph.plan.function import input_function
 from onegraph.plan.memory import Block, size_names, sizes_of
 
 
@@ -47,27 +49,54 @@ class RecordedPieces:
     unrecorded: Mapping[int, str]
 
 
+class PieceMemory:
+    """Fixed places for the values of a graph's pieces, in one block that all sizes share."""
+
+    def __init__(self, graph: RecordedGraph, region: int) -> None:
+        pieces = graph.regions[region]
+        reasons = ((call.piece, _reason(graph, call, pieces[call.piece])) for call in graph.plan.calls)
+        self.why_not = {piece: why for piece, why in reasons if why is not None}
+        """Why a piece can't be recorded."""
+        self._pieces = [_Hidden(piece) if index in self.why_not else piece for index, piece in enumerate(pieces)]
+        names = size_names(graph.plan, [self._pieces])
+        self._block = None if names is None else Block(graph.plan, [self._pieces], names)
+        self._sizes = input_function(graph.plan, names or ())
+
+    def bound(self, inputs: Sequence[Any]) -> list[PieceCallable]:
+        """The pieces for a call's sizes."""
+        return list(self._pieces if self._block is None else self._block.bound(0, *self._sizes(*inputs)))
+
+    def poison(self) -> None:
+        """As Block.poison."""
+        if self._block is not None:
+            self._block.poison()
+
+
 def record_pieces(
-    graph: RecordedGraph, pieces: Sequence[PieceCallable], inputs: Sequence[Any], recorder: Recorder
+    graph: RecordedGraph, memory: PieceMemory, inputs: Sequence[Any], recorder: Recorder
 ) -> tuple[RecordedPieces, list[Any]]:
     """Runs the plan once and records what can be; gives the results, too. Raises what the pieces raise.
 
     Raises NotRecordableError where nothing can be recorded.
     """
-    plan = graph.plan
-    why = {index: reason for index, call in enumerate(plan.calls) if (reason := _reason(graph, call, pieces[index]))}
-    shown = [_Hidden(piece) if index in why else piece for index, piece in enumerate(pieces)]
-    bound, values = _bound(plan, shown, inputs), dict(zip(plan.inputs, inputs, strict=True))
+    plan, why = graph.plan, dict(memory.why_not)
+    bound, values = memory.bound(inputs), dict(zip(plan.inputs, inputs, strict=True))
     fixed = {name for name, owner in zip(plan.inputs, graph.owners, strict=True) if owner in ("weight", "input")}
     for index, call in enumerate(plan.calls):
         args = [values[name] for name in call.inputs]
         if index in why:
             outputs = bound[index](args)
         else:
+            changed = [one for name, one in zip(call.inputs, args, strict=True) if _may_change(plan, name)]
+            before = clone_together([one for one in changed if isinstance(one, torch.Tensor)])
             try:
                 tensors = [one for one in args if isinstance(one, torch.Tensor)]
                 recording, outputs = recorder.record(partial(_called, bound[index], args), tensors)
-            except NotRecordableError as error:
+            except NotRecordableError as error:  # and the piece has run up to there
+                for tensor, values_before in zip(
+                    (one for one in changed if isinstance(one, torch.Tensor)), before, strict=True
+                ):
+                    tensor.copy_(values_before)
                 why[index] = f"{error.code}: {error.op} {error.why}"
                 outputs = bound[index](args)
             else:
@@ -84,6 +113,11 @@ def record_pieces(
         raise NotRecordableError("no_piece", f"piece {index}", f"isn't recordable ({reason}), and no other piece is")
     results = [values[one] if isinstance(one, str) else one for one in plan.results]
     return RecordedPieces(bound, why), results
+
+
+def _may_change(plan: ExecutionPlan, name: str) -> bool:
+    """Whether a piece may write into a value that it is given: another's, or an input that the graph writes."""
+    return name in plan.written or name not in plan.inputs
 
 
 def _called(piece: PieceCallable, inputs: list[Any]) -> Any:
@@ -106,6 +140,8 @@ def _reason(graph: RecordedGraph, call: PlanCall, piece: PieceCallable) -> str |
         return graph.unrecordable[call.piece]
     if call.comment.startswith("splitting_op"):
         return "splitting_op: it runs between the recorded pieces"
+    if call.has_data_sizes:
+        return "data_sizes: its sizes follow from values"
     others = set(call.sizes.values())
     if isinstance(piece, PieceCode) and piece.prepared is not None:
         others |= {str(one) for one in sizes_of(graph.plan, call, piece.prepared)}
@@ -113,13 +149,3 @@ def _reason(graph: RecordedGraph, call: PlanCall, piece: PieceCallable) -> str |
     known = dict(zip(graph.plan.inputs, graph.names, strict=True))
     told = ", ".join(sorted(known.get(one, one) for one in others))
     return f"other_sizes: its sizes follow from {told} too" if others else None
-
-
-def _bound(plan: ExecutionPlan, pieces: Sequence[PieceCallable], inputs: Sequence[Any]) -> list[PieceCallable]:
-    """The pieces with their results and scratch at fixed places."""
-    names = size_names(plan, [pieces])
-    if names is None:
-        return list(pieces)
-    text = f"lambda {', '.join(plan.inputs)}: ({', '.join(names)}{',' if names else ''})"
-    sizes = eval(text)(*inputs)  # noqa: S307 - our own text
-    return Block(plan, [list(pieces)], names).bound(0, *sizes)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,19 +23,18 @@ import torch
 from onegraph.config.compilation import CUDAGraphMode
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.counters import counters
+from onegraph.cudagraph.comparison import PlainCall, restored, written
 from onegraph.cudagraph.graph import RecordedGraph
 from onegraph.cudagraph.manifest import Manifest, MemoryUse
-from onegraph.cudagraph.pieces import ReplayedPiece, record_pieces
+from onegraph.cudagraph.pieces import PieceMemory, ReplayedPiece, record_pieces
 from onegraph.errors import RecordingError
 from onegraph.ir.recording import NotRecordableError, RecordedSize, Recorder, Recording
-from onegraph.ops.memory import same_bytes
-from onegraph.plan.function import failed_piece, plan_function
+from onegraph.ops.memory import clone_together
+from onegraph.plan.function import failed_piece, input_function, plan_function
 from onegraph.plan.memory import Block, size_names
+from onegraph.torch_compat.overlap import overlapping
 
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
-
-_PUT_BACK = 1 << 26
-"""Bytes of written memory that a comparison puts back; a KV cache is larger, and what is written there is the same."""
 
 
 @dataclass
@@ -49,8 +48,9 @@ class _Recorded:
     """Step inputs: their index, the tensor that was recorded, and its address."""
     copies: bool
     """Whether step inputs that lie elsewhere may be copied in: not where a result shows their memory."""
-    passed_on: tuple[tuple[int, int], ...]
-    """Results that are inputs: their indices."""
+    kinds: tuple[int | str | None, ...]
+    """What each result is: an input, by its index; `ours`, in the recording's memory; `theirs`, in memory that stays
+    the caller's, such as a view of a cache; or None for what is no tensor."""
     addresses: list[int]
     """Of what stays where it is."""
     given: list[tuple[int, weakref.ref[torch.Tensor]]] = field(default_factory=list)
@@ -74,10 +74,8 @@ class Recordings:
         self._rerecords = rerecords
         self._compares = compares
         plan = graph.plan
-        parameters = ", ".join(plan.inputs)
-        sizes = ", ".join(dict.fromkeys(plan.symbols.values()))
-        self._sizes = _function(f"lambda {parameters}: ({sizes}{',' if sizes else ''})")
-        self._size = _function(f"lambda {parameters}: {plan.size}")
+        self._sizes = input_function(plan, tuple(dict.fromkeys(plan.symbols.values())))
+        self._first = input_function(plan, (plan.size,))
         used = {name for call in plan.calls for name in call.inputs}
         stays = [i for i, owner in enumerate(graph.owners) if owner in ("weight", "input")]
         self._pinned = [i for i in stays if plan.inputs[i] in used]
@@ -85,8 +83,10 @@ class Recordings:
         self._full: dict[Any, _Recorded] = {}
         self._piecewise: dict[Any, _Recorded] = {}
         self._block: Block | None = None
+        self._of_pieces: dict[int, PieceMemory] = {}
         self._lock = threading.Lock()
-        self._asked: dict[int, tuple[CUDAGraphMode, bool]] = {}
+        self._holder: int | None = None
+        self._asked: dict[int, tuple[CUDAGraphMode, bool, bool]] = {}
         self._lazy: dict[int, CUDAGraphMode] = {}
 
     @classmethod
@@ -96,39 +96,55 @@ class Recordings:
         return cls(graph, recorder, checks_always=always, rerecords=rerecords, compares=config.cudagraph_debug)
 
     def __call__(self, *inputs: Any) -> Any:
-        if self._asked and (asked := self._asked.pop(threading.get_ident(), None)) is not None:
-            with self._lock:
-                return self._record(*asked, inputs)
-        is_inference = torch.is_inference_mode_enabled()
-        found = self._full.get((is_inference, self._sizes(*inputs))) if self._full else None
-        if found is None and self._piecewise:
-            found = self._piecewise.get((is_inference, self._size(*inputs)))
-        if found is None and self._lazy and (mode := self._lazy.get(self._size(*inputs))) is not None:
-            with self._lock:
-                return self._record(mode, False, self._with_statics(inputs))
-        if found is None:
-            reason = "size_not_recorded" if self._full or self._piecewise else "nothing_recorded"
-            return self._unrecorded(reason, inputs)
-        if not self._lock.acquire(blocking=False):
+        thread = threading.get_ident()
+        asked = self._asked.pop(thread, None) if self._asked else None
+        if self._holder == thread:
+            return self._unrecorded("inside_of_a_replay", inputs)
+        if not self._lock.acquire(blocking=asked is not None):
             return self._unrecorded("replaying_in_another_thread", inputs)
+        self._holder = thread
         try:
-            return self._replayed(found, inputs)
+            if asked is not None:
+                return self._record(*asked, inputs)
+            is_inference = torch.is_inference_mode_enabled()
+            found = self._full.get((is_inference, self._sizes(*inputs))) if self._full else None
+            if found is None and self._piecewise:
+                found = self._piecewise.get((is_inference, self._size(*inputs)))
+            if found is not None:
+                reason, results = self._replayed(found, inputs)
+            elif self._lazy and (mode := self._lazy.get(self._size(*inputs) or 0)) is not None:
+                reason, results = self._recorded_first(mode, inputs)
+            else:
+                reason, results = self._why_unrecorded(is_inference), ()
         finally:
+            self._holder = None
             self._lock.release()
+        return self._unrecorded(reason, inputs) if reason else results
+
+    def _why_unrecorded(self, is_inference: bool) -> str:
+        known = [key[0] for key in (*self._full, *self._piecewise)]
+        if not known:
+            return "nothing_recorded"
+        return "size_not_recorded" if is_inference in known else "other_inference_mode"
+
+    def _size(self, *inputs: Any) -> int | None:
+        """Of the first declared dim."""
+        size: int | None = self._first(*inputs)[0]
+        return size
 
     def _unrecorded(self, reason: str, inputs: tuple[Any, ...]) -> Any:
         counters.add(f"unrecorded_calls:{reason}")
         return self._graph.run(*inputs)
 
     @contextmanager
-    def recording(self, mode: CUDAGraphMode, *, restores: bool = False) -> Iterator[None]:
+    def recording(self, mode: CUDAGraphMode, *, restores: bool = False, copies: bool = False) -> Iterator[None]:
         """Inside, this thread's call is recorded instead of replayed: with its sizes, and in its tensors' memory.
 
         The call raises RecordingError for what can't be recorded. With `restores`, tensors that it changes have their
-        values back afterwards.
+        values back afterwards; with `copies` its step inputs are recorded in memory of the recording's own.
         """
         thread = threading.get_ident()
-        self._asked[thread] = mode, restores
+        self._asked[thread] = mode, restores, copies
         try:
             yield
         finally:
@@ -147,6 +163,7 @@ class Recordings:
             self._full.clear()
             self._piecewise.clear()
             self._block = None
+            self._of_pieces.clear()
 
     def recorded(self) -> tuple[RecordedSize, ...]:
         """The recordings, by size."""
@@ -159,41 +176,59 @@ class Recordings:
             dict.fromkeys(use for one in (*self._full.values(), *self._piecewise.values()) for use in one.manifest.uses)
         )
 
-    def _replayed(self, found: _Recorded, inputs: tuple[Any, ...]) -> Any:
+    def _replayed(self, found: _Recorded, inputs: tuple[Any, ...]) -> tuple[str | None, Any]:
+        """The results of a replay; or why the plan has to run instead."""
         pinned = [inputs[i] for i in self._pinned]
         if [one.data_ptr() for one in pinned] != found.addresses:
             counters.add("recordings_with_moved_memory")
             if not self._rerecords:
                 raise found.manifest.changed(pinned)
-            return self._record(found.shown.mode, False, self._with_statics(inputs, found))
+            return self._recorded_first(found.shown.mode, inputs)
         moved = [(static, inputs[i]) for i, static, address in found.statics if inputs[i].data_ptr() != address]
         if moved and not found.copies:
-            return self._unrecorded("output_shows_input", inputs)
+            return "output_shows_input", ()
         if self._checks_always:
             self._check_kept(found)
-        for static, given in moved if found.shown.mode is FULL else ():
-            static.copy_(given)
-        plain = self._plain_results(found, inputs) if self._compares else None
-        results = list(found.replay(inputs))
+        if moved and found.shown.mode is PIECEWISE and _share_storage([given for _, given in moved], found.statics):
+            return "input_shows_static_memory", ()  # each piece copies for itself
+        if moved and found.shown.mode is FULL:
+            given = [one for _, one in moved]
+            if _share_storage(given, found.statics):
+                given = clone_together(given)  # one may be copied over another
+            for (static, _), one in zip(moved, given, strict=True):
+                static.copy_(one)
+        plain = None
+        if self._compares:
+            statics = {i: static for i, static, _ in found.statics} if found.shown.mode is FULL else {}
+            plain = PlainCall.of(self._graph, [statics.get(i, one) for i, one in enumerate(inputs)])
+        results = found.replay(inputs)
         if plain is not None:
-            _compare(plain, results, found.shown)
+            plain.compare(results, found.shown)
         counters.add(f"replays:{found.shown.mode.name}")
-        for result, index in found.passed_on:
-            results[result] = inputs[index]
-        if moved:
-            own = {result for result, _ in found.passed_on}
-            results = [_cloned(one) if i not in own else one for i, one in enumerate(results)]
-        elif self._checks_always:
-            results = self._watched(found, results)
-        return tuple(results)
+        handed = _handed_out(found.kinds, results, inputs, copied=bool(moved))
+        if self._checks_always and not moved:
+            found.given = [(i, weakref.ref(one)) for i, one in enumerate(handed) if found.kinds[i] == "ours"]
+        return None, handed
 
-    def _plain_results(self, found: _Recorded, inputs: tuple[Any, ...]) -> list[Any]:
-        """What the plan's function gives on the same memory. What it has written is put back, unless that is large."""
-        replaced = list(inputs)
-        for index, static, _ in found.statics if found.shown.mode is FULL else ():
-            replaced[index] = static
-        with _restored(self._graph.plan.written, self._graph.plan.inputs, replaced, most=_PUT_BACK):
-            return [_cloned(one) for one in self._graph.run(*replaced)]
+    def _recorded_first(self, mode: CUDAGraphMode, inputs: tuple[Any, ...]) -> tuple[str | None, Any]:
+        """Records a call that wasn't asked to be: on copies of the caller's tensors."""
+        if any(_overlaps_itself(inputs[i]) for i in self._steps):
+            return "input_overlaps_itself", ()
+        return None, self._record(mode, False, True, inputs)
+
+    def _kinds(self, results: Sequence[Any], inputs: tuple[Any, ...]) -> tuple[int | str | None, ...]:
+        """As _Recorded.kinds."""
+        places = {name: i for i, name in enumerate(self._graph.plan.inputs)}
+        theirs = {_storage_address(inputs[i]) for i in self._pinned}
+
+        def kind(name: Any, result: Any) -> int | str | None:
+            if isinstance(name, str) and name in places:
+                return places[name]
+            if not isinstance(result, torch.Tensor):
+                return None
+            return "theirs" if _storage_address(result) in theirs else "ours"
+
+        return tuple(kind(*pair) for pair in zip(self._graph.plan.results, results, strict=True))
 
     def _check_kept(self, found: _Recorded) -> None:
         """Raises RecordingError for an output of the last replay that somebody holds; overwrites what was left."""
@@ -208,32 +243,29 @@ class Recordings:
                 )
         if self._block is not None:
             self._block.poison()
+        for memory in self._of_pieces.values():
+            memory.poison()
 
-    def _watched(self, found: _Recorded, results: list[Any]) -> list[Any]:
-        """Other tensors over the same memory, of which is known whether they are alive."""
-        own = {result for result, _ in found.passed_on}
-        views = [
-            one.detach() if isinstance(one, torch.Tensor) and i not in own else one for i, one in enumerate(results)
-        ]
-        found.given = [
-            (i, weakref.ref(one)) for i, one in enumerate(views) if isinstance(one, torch.Tensor) and i not in own
-        ]
-        return views
-
-    def _with_statics(self, inputs: tuple[Any, ...], found: _Recorded | None = None) -> tuple[Any, ...]:
-        """The inputs with step inputs that are ours to write to: those of a recording that was, or copies."""
-        replaced = list(inputs)
-        statics = {} if found is None else {index: static for index, static, _ in found.statics}
-        for index in self._steps:
-            static = statics.get(index)
-            replaced[index] = inputs[index].clone() if static is None else static.copy_(inputs[index])
-        return tuple(replaced)
-
-    def _record(self, mode: CUDAGraphMode, restores: bool, inputs: tuple[Any, ...]) -> Any:
+    def _record(self, mode: CUDAGraphMode, restores: bool, copies: bool, inputs: tuple[Any, ...]) -> Any:
         """Records the call, and gives its results."""
-        plan = self._graph.plan
-        with _restored(plan.written if restores else (), plan.inputs, inputs):
+        if copies:
+            inputs = tuple(_copy(one) if i in self._steps else one for i, one in enumerate(inputs))
+        self._refuse_overlap(inputs)
+        with restored(written(self._graph, inputs) if restores else ()):
             return self._record_call(mode, inputs)
+
+    def _refuse_overlap(self, inputs: tuple[Any, ...]) -> None:
+        """Raises RecordingError where filling one input would change another, or a weight."""
+        places = [*self._steps, *self._pinned]
+        pair = overlapping([inputs[i] for i in places]) if self._steps else None
+        if pair is not None and min(pair) < len(self._steps):
+            first, second = (self._graph.names[places[i]] for i in pair)
+            raise RecordingError(
+                f"{first} and {second} share memory, and later calls fill one without the other",
+                where="record",
+                hint="record a call with tensors that lie apart, such as those of slots()",
+                tensor=first,
+            )
 
     def _record_call(self, mode: CUDAGraphMode, inputs: tuple[Any, ...]) -> Any:
         started = time.perf_counter()
@@ -247,7 +279,9 @@ class Recordings:
                 replay: Callable[[tuple[Any, ...]], Sequence[Any]] = _Whole(recording, results)
                 num_steps, num_bytes = len(recording.steps), recording.num_bytes
             else:
-                recorded, results = record_pieces(graph, graph.regions[region], inputs, self._recorder)
+                if region not in self._of_pieces:
+                    self._of_pieces[region] = PieceMemory(graph, region)
+                recorded, results = record_pieces(graph, self._of_pieces[region], inputs, self._recorder)
                 replay = _Pieces(plan_function(graph.plan, [recorded.pieces]))
                 ours = [one for one in recorded.pieces if isinstance(one, ReplayedPiece)]
                 num_steps, num_bytes = sum(one.num_steps for one in ours), sum(one.num_bytes for one in ours)
@@ -263,12 +297,7 @@ class Recordings:
             manifest=Manifest(tuple(uses)),
             statics=tuple((i, inputs[i], inputs[i].data_ptr()) for i in self._steps),
             copies=mode is PIECEWISE or not self._shows_step_input(results, inputs),
-            passed_on=tuple(
-                (result, index)
-                for result, name in enumerate(graph.plan.results)
-                for index, one in enumerate(graph.plan.inputs)
-                if one == name
-            ),
+            kinds=self._kinds(results, inputs),
             addresses=[one.data_ptr() for one in pinned],
         )
         if mode is FULL:
@@ -276,21 +305,19 @@ class Recordings:
         else:
             self._piecewise[is_inference, size] = made
         counters.add(f"recordings:{mode.name}")
-        return tuple(_cloned(one) if one is not None else one for one in results)
+        return _handed_out(made.kinds, results, inputs, copied=True)
 
     def _record_whole(self, region: int, inputs: tuple[Any, ...]) -> tuple[Recording, Sequence[Any]]:
         graph, plan = self._graph, self._graph.plan
-        pieces = graph.regions[region]
         for index, why in graph.unrecordable.items():
             code, _, words = why.partition(": ")
             raise NotRecordableError(code, f"piece {index}", f"isn't recorded: {words}")
-        names = size_names(plan, [pieces])
-        bound = list(pieces)
+        names = size_names(plan, graph.regions)
+        bound = graph.regions[region]
         if names is not None:
             if self._block is None:
                 self._block = Block(plan, graph.regions, names)
-            values = _function(f"lambda {', '.join(plan.inputs)}: ({', '.join(names)}{',' if names else ''})")(*inputs)
-            bound = self._block.bound(region, *values)
+            bound = self._block.bound(region, *input_function(plan, names)(*inputs))
         function = plan_function(plan, [bound])
         tensors = [one for one in inputs if isinstance(one, torch.Tensor)]
         return self._recorder.record(lambda: function(*inputs), tensors)
@@ -334,38 +361,38 @@ class _Pieces:
         return found
 
 
-@contextmanager
-def _restored(
-    written: Collection[str], names: Sequence[str], inputs: Sequence[Any], most: int | None = None
-) -> Iterator[None]:
-    """Puts back the values of the inputs that are `written`, unless all of these have more than `most` bytes."""
-    tensors = [one for name, one in zip(names, inputs, strict=True) if name in written]
-    is_too_much = most is not None and sum(one.nbytes for one in tensors) > most
-    before = [] if is_too_much else [(tensor, tensor.clone()) for tensor in tensors]
-    try:
-        yield
-    finally:
-        for tensor, values in before:
-            tensor.copy_(values)
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """In memory of its own, with the same strides."""
+    return clone_together([tensor])[0]
 
 
-def _compare(plain: Sequence[Any], replayed: Sequence[Any], shown: RecordedSize) -> None:
-    """Raises RecordingError where a replay's results aren't those of the plain call, to the bit."""
-    for index, (expected, found) in enumerate(zip(plain, replayed, strict=True)):
-        if isinstance(expected, torch.Tensor) and not same_bytes(expected, found):
-            raise RecordingError(
-                f"output {index} of a replay ({shown.mode.name} at {shown.num_tokens}) isn't what the same call gives "
-                "without the recording",
-                where="a replay with cudagraph_debug",
-                hint="cudagraph_mode=PIECEWISE, and `compiled.fallback(piece)`, narrow it down to a piece",
-                tensor=f"output {index}",
-            )
+def _storage_address(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage().data_ptr())
 
 
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
+def _share_storage(tensors: Sequence[torch.Tensor], statics: Sequence[tuple[int, torch.Tensor, int]]) -> bool:
+    theirs = {_storage_address(static) for _, static, _ in statics}
+    return any(_storage_address(one) in theirs for one in tensors)
 
 
-def _function(text: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = eval(text)  # noqa: S307 - our own text
-    return function
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether elements share memory, as after `expand`: such a tensor can't be filled."""
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+
+
+def _handed_out(
+    kinds: Sequence[int | str | None], results: Sequence[Any], inputs: tuple[Any, ...], *, copied: bool
+) -> tuple[Any, ...]:
+    """What the caller gets: other tensors over the recording's memory, or `copied` into memory of its own.
+
+    They share memory with one another as the results do.
+    """
+    given = [
+        inputs[kind] if isinstance(kind, int) else one if kind is None else one.detach()
+        for kind, one in zip(kinds, results, strict=True)
+    ]
+    if copied:
+        ours = [i for i, kind in enumerate(kinds) if kind == "ours"]
+        for i, one in zip(ours, clone_together([given[i] for i in ours]), strict=True):
+            given[i] = one
+    return tuple(given)

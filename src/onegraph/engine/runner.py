@@ -234,6 +234,9 @@ class Runner:
         except Exception as error:
             if not self._model.demote(error):
                 raise
+            if self._recorded is not None:
+                log.warning("nothing is replayed from now on: the recordings had the piece that runs uncompiled")
+                self._recorded = None
             return self._forward(inputs)
 
     def _inputs(self, **arrays: "np.ndarray[Any, Any]") -> dict[str, Any]:

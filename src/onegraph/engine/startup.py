@@ -153,6 +153,7 @@ def compiled_engine(
         lookup=lookup,
         saved=saved,
         target=target,
+        records_by_hand=True,
     )
     engine = assemble_engine(
         compiled,

@@ -39,5 +39,7 @@ class SizedArgument:
     """None for a contiguous tensor."""
     dtype: torch.dtype
     device: torch.device
+    sources: tuple[str, ...] = ()
+    """Dynamo's names for it."""
     twin: str | None = None
     refused: str | None = None

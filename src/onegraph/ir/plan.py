@@ -18,6 +18,8 @@ class PlanCall:
     comment: str = ""
     sizes: Mapping[str, str] = field(default_factory=dict)
     """What the inputs show of sizes that follow from the plan's inputs: `2.shape[0]` -> an expression over those."""
+    has_data_sizes: bool = False
+    """Whether an input has a size that follows from values, such as how many of them aren't zero."""
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,13 @@ def plan_function(
     return function
 
 
+def input_function(plan: ExecutionPlan, expressions: Sequence[str | None]) -> Callable[..., tuple[Any, ...]]:
+    """A function of the plan's inputs that gives the values of expressions over them."""
+    values = "".join(f"{one}, " for one in expressions)
+    function: Callable[..., tuple[Any, ...]] = eval(f"lambda {', '.join(plan.inputs)}: ({values})")  # noqa: S307
+    return function
+
+
 def function_regions(function: Callable[..., Any]) -> list[list[PieceCallable]]:
     """The callables of a function made by `plan_function`, as they are now: `replace_piece` changes them."""
     regions: list[list[PieceCallable]] = function.__globals__["__regions"]

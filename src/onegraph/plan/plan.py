@@ -35,7 +35,8 @@ def plan_calls(split: SplitGraph, num_weights: int = 0, merged: Sequence[MergedW
         ends = dict.fromkeys(n for n in (*piece.inputs, *piece.outputs) if last_use[n] == piece.index)
         frees = tuple(name for name in ends if name in made and name not in kept)
         comment = ", ".join(part for part in (piece.kind, piece.why or piece.module_path) if part)
-        calls.append(PlanCall(piece.index, piece.inputs, piece.outputs, frees, comment, dict(_sizes(piece, symbols))))
+        sizes, by_data = dict(_sizes(piece, symbols)), _has_data_sizes(piece, symbols)
+        calls.append(PlanCall(piece.index, piece.inputs, piece.outputs, frees, comment, sizes, by_data))
     inputs = (*names[:num_weights], *(one.name for one in merged), *names[num_weights:])
     size = _size(split.whole, symbols)
     return ExecutionPlan(inputs, tuple(calls), split.results, size, symbols, frozenset(_written(split.whole)))
@@ -55,6 +56,14 @@ def _sizes(piece: Piece, symbols: Mapping[str, str]) -> Iterator[tuple[str, str]
         for dim, length in lengths:
             if shapes.is_plain_symbol(length) and str(length) in symbols:
                 yield str(index) if dim is None else f"{index}.shape[{dim}]", symbols[str(length)]
+
+
+def _has_data_sizes(piece: Piece, symbols: Mapping[str, str]) -> bool:
+    """As PlanCall.has_data_sizes."""
+    lengths = (
+        length for one in piece.fake_inputs for length in (one.shape if isinstance(one, torch.Tensor) else [one])
+    )
+    return any(not shapes.symbol_names(length) <= symbols.keys() for length in lengths)
 
 
 def _symbols(whole: FlatGraph, names: tuple[str, ...]) -> dict[str, str]:
