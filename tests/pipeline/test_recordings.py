@@ -567,6 +567,23 @@ def test_what_a_piece_did_before_it_was_refused_is_undone() -> None:
         assert module.calls == 2
 
 
+def test_what_a_piece_writes_into_a_result_of_a_splitting_op_is_seen_after_it() -> None:
+    class Writes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.sort(x + 1, 0).values
+            y.mul_(-1)
+            return torch.sort(y, 0).values + 1
+
+    module = Writes()
+    compiled = recorded(module, {**EAGER, "cudagraph_mode": "PIECEWISE", "splitting_ops": ["torch.sort"]})
+    with torch.inference_mode(), counters.expect(**{"replays:PIECEWISE": 3}):
+        kept = []
+        for _ in range(3):
+            x = torch.randn(4, 16)
+            kept.append(torch.empty(4, 16))  # so that the op's result comes at another address
+            assert torch.equal(compiled(x), module(x))
+
+
 def test_after_a_fallback_warm_up_records_again() -> None:
     compiled = recorded(Block(), {**EAGER, "backend": "aot_eager"})
     compiled.fallback(0)

@@ -23,21 +23,31 @@ from onegraph.plan.memory import Block, size_names, sizes_of
 
 
 class ReplayedPiece:
-    """A piece's callable that replays. `taken` are tensors that may come at another address, by index."""
+    """A piece's callable that replays.
 
-    def __init__(self, recording: Recording, results: Any, taken: Iterable[tuple[int, torch.Tensor]]) -> None:
+    `taken` are tensors that may come at another address: index, tensor, and whether the piece may write into it, so
+    that what it has written is copied back for the pieces after it.
+    """
+
+    def __init__(self, recording: Recording, results: Any, taken: Iterable[tuple[int, torch.Tensor, bool]]) -> None:
         self._recording = recording
         self._results = results
-        self._taken = [(index, tensor, tensor.data_ptr()) for index, tensor in taken]
+        self._taken = [(index, tensor, tensor.data_ptr(), may_write) for index, tensor, may_write in taken]
         self.num_steps = len(recording.steps)
         self.num_bytes = recording.num_bytes
 
     def __call__(self, inputs: list[Any]) -> Any:
-        for index, static, address in self._taken:
-            if inputs[index].data_ptr() != address:
-                static.copy_(inputs[index])
+        written = []
+        for index, static, address, may_write in self._taken:
+            given = inputs[index]
+            if given.data_ptr() != address:
+                static.copy_(given)
+                if may_write and 0 not in given.stride():  # nothing can be written into an expanded tensor
+                    written.append((given, static))
         inputs.clear()
         self._recording.replay()
+        for given, static in written:
+            given.copy_(static)
         return self._results
 
 
@@ -101,7 +111,7 @@ def record_pieces(
                 outputs = bound[index](args)
             else:
                 taken = [
-                    (i, one)
+                    (i, one, _may_change(plan, name))
                     for i, (name, one) in enumerate(zip(call.inputs, args, strict=True))
                     if isinstance(one, torch.Tensor) and name not in fixed
                 ]

@@ -338,7 +338,8 @@ class Recordings:
         return RecordingError(
             f"{mode.name}{at} can't be recorded: {error.op} {error.why}",
             where=line or (None if piece is None else f"piece {piece}"),
-            hint="cudagraph_mode=PIECEWISE records the pieces around a splitting op; NONE records nothing",
+            hint="cudagraph_mode=NONE records nothing"
+            + ("; PIECEWISE records the pieces around a splitting op" if mode is FULL else ""),
         )
 
 
