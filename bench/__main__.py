@@ -65,19 +65,20 @@ def environment() -> dict[str, Any]:
 
 
 def run_once(
-    engine: str, model: Path, workload: Workload, cache: Path, timeout_s: float, vllm_python: Path | None = None
-) -> Run:
-    """One process. Gives seconds and tokens, or `{"failed": why}`."""
-    words = [engine, str(model), json.dumps(asdict(workload)), str(time.time())]
+    engine: str, model: Path, workloads: list[Workload], cache: Path, timeout_s: float, vllm_python: Path | None = None
+) -> list[Run]:
+    """One process, which has `timeout_s` for each workload. Gives seconds and tokens of each, or `{"failed": why}`."""
+    words = [engine, str(model), json.dumps([asdict(workload) for workload in workloads]), str(time.time())]
     command = [interpreter(engine, vllm_python), "-m", "bench.worker", *words]
     load = round(os.getloadavg()[0], 2)
-    code, output, errors = run_in_own_group(command, variables(engine, cache, vllm_python), timeout_s)
+    limit = timeout_s * len(workloads)
+    code, output, errors = run_in_own_group(command, variables(engine, cache, vllm_python), limit)
     if code is None:
-        return {"failed": f"timeout: took longer than {timeout_s:.0f} s"}
+        return [{"failed": f"timeout: took longer than {limit:.0f} s"} for _ in workloads]
     results = [line for line in output.splitlines() if line.startswith(RESULT)]
     if code != 0 or not results:
-        return {"failed": f"exit code {code}: {reason(errors)}"}
-    return {**checked(json.loads(results[-1].removeprefix(RESULT))), "load_average_before": load}
+        return [{"failed": f"exit code {code}: {reason(errors)}"} for _ in workloads]
+    return [{**checked(run), "load_average_before": load} for run in json.loads(results[-1].removeprefix(RESULT))]
 
 
 def checked(run: Run) -> Run:
@@ -110,35 +111,50 @@ class Harness:
     repeats: int
     timeout_s: float
     vllm_python: Path | None = None
+    server_repeats: int | None = None
     filled: dict[str, Path] = field(default_factory=dict)
 
-    def measure(self, workload: Workload, engines: list[str]) -> dict[str, Any]:
-        """A workload's figures, the engines alternating within each repeat."""
-        runs: dict[str, list[Run]] = {engine: [] for engine in engines}
+    def measure(self, chosen: dict[Workload, list[str]]) -> dict[str, Any]:
+        """The figures of workloads, by name. Engines alternate within each repeat.
+
+        An engine does them one after the other in one process, so only one of them may be a start.
+        """
+        runs: dict[Workload, dict[str, list[Run]]] = {one: {name: [] for name in chosen[one]} for one in chosen}
+        engines = list(dict.fromkeys(name for found in chosen.values() for name in found))
         for repeat in range(self.repeats):
             for engine in engines:
-                run = self._run(engine, workload, self._cache(engine, workload, repeat))
-                tell(workload.name, f"{repeat + 1}/{self.repeats}", engine, run)
-                runs[engine].append(run)
-        found = {engine: figures(workload, runs[engine]) for engine in engines}
-        add_ratios(found)
-        return {"workload": asdict(workload), "engines": found}
+                asked = [one for one in chosen if engine in chosen[one]]
+                for one, run in zip(
+                    asked, self._run(engine, asked, self._cache(engine, asked[0], repeat)), strict=True
+                ):
+                    tell(one.name, f"{repeat + 1}/{self.repeats}", engine, run)
+                    runs[one][engine].append(run)
+        facts = {}
+        for one, of_engines in runs.items():
+            found = {engine: figures(one, of_engines[engine]) for engine in of_engines}
+            add_ratios(found)
+            facts[one.name] = {"workload": asdict(one), "engines": found}
+        return facts
 
     def measure_server(self, workload: ServerWorkload, engines: list[str]) -> dict[str, Any]:
-        """The same for servers. An unmeasured start of each engine fills its cache; its seconds are noted, too."""
+        """The same for servers. An unmeasured start of each engine fills its cache, in seconds that are noted, too.
+
+        The cache may have what other workloads of the run have left there.
+        """
         started: dict[str, list[float]] = {}
         for engine in engines:
             run = self._serve(engine, replace(workload, concurrency=()))
             tell(workload.name, "filling the cache", engine, run)
             started[engine] = [round(run["ready_s"], 4)] if "ready_s" in run else []
         runs: dict[str, list[Run]] = {engine: [] for engine in engines}
-        for repeat in range(self.repeats):
+        repeats = self.server_repeats or self.repeats
+        for repeat in range(repeats):
             for engine in engines:
                 run = self._serve(engine, workload)
-                tell(workload.name, f"{repeat + 1}/{self.repeats}", engine, run)
+                tell(workload.name, f"{repeat + 1}/{repeats}", engine, run)
                 runs[engine].append(run)
         found = {
-            engine: {"ready_s_with_empty_caches": started[engine], **server_figures(workload, runs[engine])}
+            engine: {"ready_s_of_first_start": started[engine], **server_figures(workload, runs[engine])}
             for engine in engines
         }
         add_ratios(found)
@@ -149,18 +165,18 @@ class Harness:
         if workload.cache == "empty":
             return self.folder / f"{workload.name}-{engine}-{repeat}"
         if engine not in self.filled:
-            self._run(engine, WORKLOADS["cold_start"], self.folder / f"filled-{engine}")
+            self._run(engine, [WORKLOADS["cold_start"]], self.folder / f"filled-{engine}")
             self.filled.setdefault(engine, self.folder / f"filled-{engine}")
         return self.filled[engine]
 
-    def _run(self, engine: str, workload: Workload, cache: Path) -> Run:
-        run = run_once(engine, self.model, workload, cache, self.timeout_s, self.vllm_python)
-        if workload.cache == "empty" and "failed" not in run:
+    def _run(self, engine: str, workloads: list[Workload], cache: Path) -> list[Run]:
+        runs = run_once(engine, self.model, workloads, cache, self.timeout_s, self.vllm_python)
+        if workloads[0].cache == "empty" and "failed" not in runs[0]:
             self.filled.setdefault(engine, cache)
-        return run
+        return runs
 
     def _serve(self, engine: str, workload: ServerWorkload) -> Run:
-        cache = self.folder / f"{workload.name}-{engine}"
+        cache = self.filled.setdefault(engine, self.folder / f"{workload.name}-{engine}")
         return run_server(engine, self.model, workload, cache, self.timeout_s, self.vllm_python)
 
 
@@ -173,6 +189,7 @@ def measure(
     folder: Path,
     *,
     vllm_python: Path | None = None,
+    server_repeats: int | None = None,
     left_out: frozenset[tuple[str, str]] = frozenset(),
 ) -> dict[str, Any]:
     """All measurements of one run. `left_out` has pairs of workload and engine; servers are measured for SERVERS."""
@@ -181,17 +198,28 @@ def measure(
         facts["environment"]["vllm"] = vllm_versions(vllm_python)
     facts["left_out"] = sorted(":".join(pair) for pair in left_out)
     facts["workloads"] = {}
-    harness = Harness(make_model(shape, folder / "model"), folder, repeats, timeout_s, vllm_python)
-    for workload in workloads:
-        chosen = [engine for engine in engines if (workload.name, engine) not in left_out]
-        if isinstance(workload, ServerWorkload):
-            chosen = [engine for engine in chosen if engine in SERVERS]
-            found = harness.measure_server(workload, chosen) if chosen else None
-        else:
-            found = harness.measure(workload, chosen) if chosen else None
-        if found:
-            facts["workloads"][workload.name] = found
+    harness = Harness(make_model(shape, folder / "model"), folder, repeats, timeout_s, vllm_python, server_repeats)
+    chosen = {
+        workload: [engine for engine in engines if (workload.name, engine) not in left_out and can(engine, workload)]
+        for workload in workloads
+    }
+    starts = [one for one in chosen if isinstance(one, Workload) and one.cache == "empty"]
+    rest = [one for one in chosen if isinstance(one, Workload) and one.cache == "filled" and chosen[one]]
+    rest.sort(key=lambda one: one.measure != "first_token")  # a start is the first thing that a process does
+    for one in starts:
+        facts["workloads"] |= harness.measure({one: chosen[one]})
+    facts["workloads"] |= harness.measure({one: chosen[one] for one in rest})
+    for workload in chosen:
+        if isinstance(workload, ServerWorkload) and chosen[workload]:
+            facts["workloads"][workload.name] = harness.measure_server(workload, chosen[workload])
     return facts
+
+
+def can(engine: str, workload: Workload | ServerWorkload) -> bool:
+    """Whether the engine has the workload: servers are few, and stock `torch.compile` is measured at starts alone."""
+    if isinstance(workload, ServerWorkload):
+        return engine in SERVERS
+    return engine != "torch-compile" or workload.measure == "first_token"
 
 
 def names(text: str, known: Iterable[str], what: str) -> list[str]:
@@ -237,6 +265,7 @@ def main() -> int:
     parser.add_argument("--workloads", default=",".join([*WORKLOADS, "server"]))
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--server-repeats", type=int, help="of servers, where they are fewer")
     parser.add_argument("--offline-requests", type=int, default=64, help="fewer than 64 where time is short")
     parser.add_argument("--concurrency", default="1,8,32", help="the server's levels")
     parser.add_argument("--rounds", type=int, default=3, help="requests of a server's level for each client")
@@ -273,6 +302,7 @@ def main() -> int:
             options.timeout,
             Path(folder),
             vllm_python=options.vllm_python,
+            server_repeats=options.server_repeats,
             left_out=left_out,
         )
     out.parent.mkdir(parents=True, exist_ok=True)

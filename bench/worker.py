@@ -1,6 +1,6 @@
-"""One engine does one workload in a process of its own and prints one line: RESULT and a JSON object.
+"""One engine does workloads in a process of its own and prints one line: RESULT and a JSON list, a run for each.
 
-usage: python -m bench.worker ENGINE MODEL WORKLOAD_JSON STARTED, where STARTED is the time.time() at which the
+usage: python -m bench.worker ENGINE MODEL WORKLOADS_JSON STARTED, where STARTED is the time.time() at which the
 harness started the process. Runs in the engine's own interpreter: imports the standard library alone, and then the
 one engine that was asked for.
 """
@@ -118,6 +118,24 @@ def start_transformers(model: str, compiled: bool) -> Engine:
     return Engine(generate)
 
 
+def start_torch_compile(model: str) -> Engine:
+    """Stock `torch.compile` of a transformers model's forward, dynamic in its sizes, with torch's own caches."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+    forward = torch.compile(loaded.forward, dynamic=True)
+
+    def generate(prompts: list[list[int]], num_tokens: int) -> int:
+        if num_tokens != 1:
+            raise ValueError("torch-compile is measured at starts alone: it gives one token")
+        with torch.inference_mode():
+            logits = forward(input_ids=torch.tensor(prompts), use_cache=False, logits_to_keep=1).logits
+        return int(logits[:, -1].argmax(-1).numel())
+
+    return Engine(generate)
+
+
 def start_transformers_batching(model: str) -> Engine:
     """transformers' continuous batching, through the manager that its `generate_batch` makes anew for each call.
 
@@ -157,12 +175,13 @@ ENGINES: dict[str, Callable[[str], Engine]] = {
     "vllm-eager": lambda model: start_vllm(model, enforce_eager=True),
     "transformers": lambda model: start_transformers(model, compiled=False),
     "transformers-compile": lambda model: start_transformers(model, compiled=True),
+    "torch-compile": start_torch_compile,
     "transformers-batching": start_transformers_batching,
 }
 
 
-def main(engine: str, model: str, workload: Workload, started: float) -> dict[str, Any]:
-    """Does the work; gives seconds, tokens, and for generation the graphs compiled while the clock ran.
+def main(engine: str, model: str, workloads: list[Workload], started: float) -> list[dict[str, Any]]:
+    """Does the work; gives each workload's seconds, tokens, and for generation the graphs compiled meanwhile.
 
     The unmeasured round is the same work, not a smaller one: a static cache has one shape for each batch size and
     length, and its decode step is compiled anew for each, which took nearly all of the measured time before.
@@ -170,10 +189,11 @@ def main(engine: str, model: str, workload: Workload, started: float) -> dict[st
     with open(f"{model}/config.json") as file:
         config = json.load(file)
     dtype = config.get("dtype") or config.get("torch_dtype")
-    prompts = workload.prompts(config["vocab_size"])
     running = ENGINES[engine](model)
     try:
-        return {**timed(running, workload, prompts, started), "dtype": dtype}
+        return [
+            {**timed(running, one, one.prompts(config["vocab_size"]), started), "dtype": dtype} for one in workloads
+        ]
     finally:
         running.close()
 
@@ -200,5 +220,6 @@ def timed(running: Engine, workload: Workload, prompts: list[list[int]], started
 
 
 if __name__ == "__main__":
-    found = main(sys.argv[1], sys.argv[2], Workload(**json.loads(sys.argv[3])), float(sys.argv[4]))
+    asked = [Workload(**fields) for fields in json.loads(sys.argv[3])]
+    found = main(sys.argv[1], sys.argv[2], asked, float(sys.argv[4]))
     print(f"{RESULT}{json.dumps(found)}", flush=True)

@@ -75,8 +75,9 @@ def test_generation_is_timed_after_the_same_work(tmp_path: Path, monkeypatch: py
         generate, lambda: {"threads": 3, "graphs": len(compiled), "peak_rss_mib": 7}, lambda: closed.append(True)
     )
     monkeypatch.setitem(worker.ENGINES, "fake", lambda model: fake)
-    run = worker.main("fake", str(tmp_path), Workload("w", 6, 8, 10, "filled", "generate"), 0.0)
-    assert calls == [(6, 10), (6, 10)]
+    start = Workload("s", 1, 8, 1, "filled", "first_token")
+    first, run = worker.main("fake", str(tmp_path), [start, Workload("w", 6, 8, 10, "filled", "generate")], 0.0)
+    assert first["tokens"] == 1 and calls == [(1, 1), (6, 10), (6, 10)]
     assert run["compiled_while_timed"] == 0 and run["tokens"] == 60
     assert run["threads"] == 3 and run["peak_rss_mib"] == 7 and run["dtype"] == "bfloat16" and closed == [True]
 
@@ -162,18 +163,21 @@ def test_a_cold_start_that_was_measured_fills_the_cache(tmp_path: Path, monkeypa
     """Each start of some engines takes minutes; one that is made anyway isn't made twice."""
     ran: list[tuple[str, str, str]] = []
 
-    def run_once(engine: str, model: Path, workload: Workload, cache: Path, *more: Any) -> dict[str, Any]:
-        ran.append((engine, workload.name, cache.name))
-        return {"failed": "no"} if engine == "b" else {"seconds": 1.0, "tokens": 1}
+    def run_once(engine: str, model: Path, workloads: list[Workload], cache: Path, *more: Any) -> list[dict[str, Any]]:
+        ran.append((engine, " ".join(workload.name for workload in workloads), cache.name))
+        return [{"failed": "no"} if engine == "b" else {"seconds": 1.0, "tokens": 1, "peak_rss_mib": 1}] * len(
+            workloads
+        )
 
     monkeypatch.setattr("bench.__main__.run_once", run_once)
     harness = Harness(tmp_path, tmp_path, repeats=1, timeout_s=1.0)
-    harness.measure(WORKLOADS["cold_start"], ["a", "b"])
-    harness.measure(WORKLOADS["warm_start"], ["a", "b"])
+    harness.measure({WORKLOADS["cold_start"]: ["a", "b"]})
+    found = harness.measure({WORKLOADS["warm_start"]: ["a", "b"], WORKLOADS["offline"]: ["a"]})
+    assert list(found["offline"]["engines"]) == ["a"]
     assert ran == [
         ("a", "cold_start", "cold_start-a-0"),
         ("b", "cold_start", "cold_start-b-0"),
-        ("a", "warm_start", "cold_start-a-0"),
+        ("a", "warm_start offline", "cold_start-a-0"),
         ("b", "cold_start", "filled-b"),
         ("b", "warm_start", "filled-b"),
     ]
