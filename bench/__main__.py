@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date, datetime
 from importlib.metadata import version
@@ -137,15 +137,16 @@ class Harness:
         return facts
 
     def measure_server(self, workload: ServerWorkload, engines: list[str]) -> dict[str, Any]:
-        """The same for servers. An unmeasured start of each engine fills its cache, in seconds that are noted, too.
+        """The same for servers. An unmeasured start fills an engine's cache, in seconds that are noted, too.
 
-        The cache may have what other workloads of the run have left there.
+        Where other workloads of the run have filled it, there is none: some engines take minutes.
         """
-        started: dict[str, list[float]] = {}
+        started: dict[str, list[float]] = {engine: [] for engine in engines}
         for engine in engines:
-            run = self._serve(engine, replace(workload, concurrency=()))
-            tell(workload.name, "filling the cache", engine, run)
-            started[engine] = [round(run["ready_s"], 4)] if "ready_s" in run else []
+            if engine not in self.filled:
+                run = self._serve(engine, replace(workload, concurrency=()))
+                tell(workload.name, "filling the cache", engine, run)
+                started[engine] = [round(run["ready_s"], 4)] if "ready_s" in run else []
         runs: dict[str, list[Run]] = {engine: [] for engine in engines}
         repeats = self.server_repeats or self.repeats
         for repeat in range(repeats):
@@ -191,8 +192,12 @@ def measure(
     vllm_python: Path | None = None,
     server_repeats: int | None = None,
     left_out: frozenset[tuple[str, str]] = frozenset(),
+    save: Callable[[dict[str, Any]], None] = lambda facts: None,
 ) -> dict[str, Any]:
-    """All measurements of one run. `left_out` has pairs of workload and engine; servers are measured for SERVERS."""
+    """All measurements of one run. `left_out` has pairs of workload and engine; servers are measured for SERVERS.
+
+    `save` gets what there is so far, after each workload that has processes of its own: a run may take an hour.
+    """
     facts: dict[str, Any] = {"environment": environment(), "shape": {"name": shape, **SHAPES[shape]}}
     if vllm_python is not None:
         facts["environment"]["vllm"] = vllm_versions(vllm_python)
@@ -208,10 +213,13 @@ def measure(
     rest.sort(key=lambda one: one.measure != "first_token")  # a start is the first thing that a process does
     for one in starts:
         facts["workloads"] |= harness.measure({one: chosen[one]})
+        save(facts)
     facts["workloads"] |= harness.measure({one: chosen[one] for one in rest})
+    save(facts)
     for workload in chosen:
         if isinstance(workload, ServerWorkload) and chosen[workload]:
             facts["workloads"][workload.name] = harness.measure_server(workload, chosen[workload])
+            save(facts)
     return facts
 
 
@@ -220,6 +228,12 @@ def can(engine: str, workload: Workload | ServerWorkload) -> bool:
     if isinstance(workload, ServerWorkload):
         return engine in SERVERS
     return engine != "torch-compile" or workload.measure == "first_token"
+
+
+def write(out: Path, facts: dict[str, Any]) -> None:
+    """The result's file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def names(text: str, known: Iterable[str], what: str) -> list[str]:
@@ -304,9 +318,8 @@ def main() -> int:
             vllm_python=options.vllm_python,
             server_repeats=options.server_repeats,
             left_out=left_out,
+            save=lambda facts: write(out, facts),
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(facts, indent=1) + "\n")
     print(text_table(facts))
     print()
     print(markdown_table(facts))

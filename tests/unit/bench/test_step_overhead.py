@@ -14,16 +14,19 @@ def test_parts_add_up_to_the_step() -> None:
         "step": 0.100,
         "schedule": 0.001,
         "run": 0.092,
+        "dispatch": 0.0005,
         "model": 0.090,
+        "replay": 0.080,
         "sample": 0.003,
         "postprocess": 0.003,
         "detokenise": 0.001,
         "outputs": 0.0005,
     }
     split = split_step(seconds)
-    parts = {part: ms for part, ms in split.items() if part not in ("step", "share_outside_model")}
+    parts = {part: ms for part, ms in split.items() if part not in ("step", "outside_replay", "share_outside_model")}
     assert sum(parts.values()) == pytest.approx(split["step"]) and min(parts.values()) > 0
-    assert split["input_preparation"] == pytest.approx(2.0) and split["rest"] == pytest.approx(1.0)
+    assert split["input_preparation"] == pytest.approx(1.5) and split["rest"] == pytest.approx(1.0)
+    assert split["replay"] == pytest.approx(80.0) and split["outside_replay"] == pytest.approx(20.0)
     assert split["share_outside_model"] == pytest.approx(0.1)
 
 
