@@ -25,18 +25,22 @@ from bench.figures import summary
 from bench.models import SHAPES, make_model
 from onegraph import LLM, SamplingParams
 from onegraph.engine.detokenizer import Detokenizer
+from onegraph.targets.cpu.tape import TapeRecording
 
 PROMPT_LEN = 128
 WRAPPED = {
     "step": "step",
     "schedule": "_scheduler.schedule",
     "run": "_runner.run",
+    "dispatch": "_runner._dispatcher.decide",
     "model": "_runner._forward",
     "sample": "_sampler",
     "postprocess": "_postprocess",
     "outputs": "_output",
 }
-"""Part: the engine's method; `model` is within `run`, `outputs` within `postprocess`, all within `step`."""
+"""Part: the engine's method; `model` and `dispatch` are within `run`, `outputs` within `postprocess`, all in `step`.
+
+`replay`, within `model`, is the kernels of a recording, and what is called between them."""
 
 
 class Clock:
@@ -65,25 +69,35 @@ def wrap_engine(engine: Any, clock: Clock) -> None:
         for name in names[:-1]:
             owner = getattr(owner, name)
         setattr(owner, names[-1], clock.wrap(part, getattr(owner, names[-1])))
+    replay = TapeRecording.replay
+    TapeRecording.replay = lambda self: replayed(self)  # type: ignore[method-assign]
+    replayed = clock.wrap("replay", replay)
     append = Detokenizer.append
     Detokenizer.append = lambda self, token_id: timed(self, token_id)  # type: ignore[method-assign]
     timed = clock.wrap("detokenise", append)
 
 
 def split_step(seconds: dict[str, float]) -> dict[str, float]:
-    """Milliseconds of the parts, which add up to the step, and the share of the step that is outside the model."""
-    ms = {part: 1000 * seconds.get(part, 0.0) for part in (*WRAPPED, "detokenise")}
+    """Milliseconds of the parts, which add up to the step; what of it is outside the model, and outside a replay."""
+    ms = {part: 1000 * seconds.get(part, 0.0) for part in (*WRAPPED, "replay", "detokenise")}
     parts = {
         "scheduler": ms["schedule"],
-        "input_preparation": ms["run"] - ms["model"],
-        "model": ms["model"],
+        "dispatch": ms["dispatch"],
+        "input_preparation": ms["run"] - ms["model"] - ms["dispatch"],
+        "model_without_replay": ms["model"] - ms["replay"],
+        "replay": ms["replay"],
         "sampling": ms["sample"],
         "detokenise": ms["detokenise"],
         "outputs": ms["outputs"],
         "postprocess_rest": ms["postprocess"] - ms["detokenise"] - ms["outputs"],
         "rest": ms["step"] - ms["schedule"] - ms["run"] - ms["sample"] - ms["postprocess"],
     }
-    return {"step": ms["step"], **parts, "share_outside_model": 1 - ms["model"] / ms["step"]}
+    return {
+        "step": ms["step"],
+        **parts,
+        "outside_replay": ms["step"] - ms["replay"],
+        "share_outside_model": 1 - ms["model"] / ms["step"],
+    }
 
 
 def decode_steps(
