@@ -41,7 +41,7 @@ VLLM = ("-m", "vllm.entrypoints.cli.main", "serve", "{model}")
 SERVERS = {
     # onegraph listens before it is ready, and /v1/models answers then; vLLM listens when it is
     "onegraph": ServerCommand(ONEGRAPH, "/ready"),
-    "onegraph-recorded": ServerCommand((*ONEGRAPH, "-O.cudagraph_mode=FULL_DECODE_ONLY"), "/ready"),
+    "onegraph-unrecorded": ServerCommand((*ONEGRAPH, "-O.cudagraph_mode=NONE"), "/ready"),
     "onegraph-eager": ServerCommand((*ONEGRAPH, "--enforce-eager"), "/ready"),
     "vllm": ServerCommand(VLLM, "/v1/models"),
     "vllm-eager": ServerCommand((*VLLM, "--enforce-eager"), "/v1/models"),

@@ -28,11 +28,11 @@ from onegraph import LLM, SamplingParams
 
 WAYS: dict[str, Any] = {
     "onegraph": None,
-    "onegraph, recorded": {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1]},
+    "onegraph, unrecorded": {"cudagraph_mode": "NONE"},
     "onegraph, pieces recorded": {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": [1]},
-    "onegraph, memory unplanned": {"plan_memory": False},
-    "onegraph, one piece": {"splitting_ops": []},
-    "onegraph, sizes of their own": {"compile_sizes": [1]},
+    "unrecorded, memory unplanned": {"cudagraph_mode": "NONE", "plan_memory": False},
+    "unrecorded, one piece": {"cudagraph_mode": "NONE", "splitting_ops": []},
+    "unrecorded, sizes of their own": {"cudagraph_mode": "NONE", "compile_sizes": [1]},
     "torch.compile": {"mode": "STOCK_TORCH_COMPILE"},
     "eager": {"mode": "NONE"},
 }

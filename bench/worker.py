@@ -54,13 +54,13 @@ class Engine:
     close: Callable[[], None] = lambda: None
 
 
-def start_onegraph(model: str, enforce_eager: bool, cudagraph_mode: str = "NONE") -> Engine:
+def start_onegraph(model: str, enforce_eager: bool = False, **fields: str) -> Engine:
     from onegraph import LLM, SamplingParams
 
     llm = LLM(
         model,
         enforce_eager=enforce_eager,
-        compilation_config={"cudagraph_mode": cudagraph_mode},
+        compilation_config=fields,
         enable_prefix_caching=False,
         max_model_len=1024,
     )
@@ -168,8 +168,8 @@ def start_transformers_batching(model: str) -> Engine:
 
 
 ENGINES: dict[str, Callable[[str], Engine]] = {
-    "onegraph": lambda model: start_onegraph(model, enforce_eager=False),
-    "onegraph-recorded": lambda model: start_onegraph(model, False, cudagraph_mode="FULL_DECODE_ONLY"),
+    "onegraph": start_onegraph,
+    "onegraph-unrecorded": lambda model: start_onegraph(model, cudagraph_mode="NONE"),
     "onegraph-eager": lambda model: start_onegraph(model, enforce_eager=True),
     "vllm": lambda model: start_vllm(model, enforce_eager=False),
     "vllm-eager": lambda model: start_vllm(model, enforce_eager=True),

@@ -26,6 +26,7 @@ KINDS = {
     "sizes": "list of whole numbers",
     "ranges": "list of endpoints or pairs",
     "strs": "list of names",
+    "counts": "object of sizes and numbers",
     "dict": "object",
 }
 HEAD = "<!-- Written by tools/generate_docs.py; edit the code, then run it. -->\n"

@@ -21,16 +21,17 @@ import torch
 from onegraph.build import build, empty_explanation, refuse_other_machine
 from onegraph.build_call import BuildCall, Observer, SavedBuild, Stages
 from onegraph.build_record import Asked, BuildRecord, shapes_of
+from onegraph.built import Built
 from onegraph.capture.portable import loaded
-from onegraph.compiled import Built, CompiledModel, SizedCall
-from onegraph.config.compilation import CompilationConfig, CompilationMode, CUDAGraphMode
+from onegraph.compiled import CompiledModel
+from onegraph.config.compilation import CompilationConfig, CompilationMode
 from onegraph.config.resolve import ResolvedConfig, resolve
-from onegraph.cudagraph.sizes import recorded_sizes
 from onegraph.env import environment
 from onegraph.errors import ArtifactError, ConfigError
 from onegraph.ir.target import Target
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck
+from onegraph.recorded_ahead import recorded_ahead
 from onegraph.store.index import CONTENTS as TRACE
 from onegraph.store.lookup import Lookup
 from onegraph.store.store import Store
@@ -109,7 +110,7 @@ def compiled_model(
     given = CompilationConfig.of(config)
     resolved = resolve(
         given,
-        rules=device_rules(device_type_of(module)),
+        rules=device_rules(device_type_of(module), batches=records_by_hand),
         environment=environment(),
         enforce_eager=enforce_eager,
     )
@@ -174,7 +175,7 @@ def compiled_model(
             built,
             check=check,
             fallback=None if fallback is None else lambda *given: finished(fallback(*given)),
-            **({} if records_by_hand else _recorded_ahead(module, built, dynamic_shapes, resolved)),
+            **({} if records_by_hand else recorded_ahead(module, built, dynamic_shapes, resolved)),
         )
 
     return CompiledModel(
@@ -184,36 +185,6 @@ def compiled_model(
         on_state_change=resolved.on_state_change,
         state_checked=state_checked,
     )
-
-
-def _recorded_ahead(module: Any, built: Built, dynamic_shapes: Any, resolved: ResolvedConfig) -> dict[str, Any]:
-    """Fields of the build: how and at which sizes `warm_up` records. Raises ConfigError for sizes that it can't."""
-    dims, asked, lazy = built.explanation.dims, resolved.cudagraph_capture_sizes, resolved.cudagraph_lazy
-    mode = CUDAGraphMode.PIECEWISE if resolved.cudagraph_mode is CUDAGraphMode.PIECEWISE else CUDAGraphMode.FULL
-    if not built.recordings:
-        return {}
-    if len(dims) != 1 and (asked or lazy):
-        what = f"cudagraph_capture_sizes={list(asked)}" if asked else "cudagraph_lazy"
-        raise ConfigError(
-            f"{what} is about the sizes of one dynamic dim, and there are {len(dims)}",
-            where="recordings",
-            hint="leave it out: warm_up records a call without dynamic dims, and record() one with several",
-        )
-    if len(dims) > 1:
-        return {}
-    sizes = recorded_sizes(asked, dims[0].min, dims[0].max) if dims else ()
-    if lazy:
-        for recordings in built.recordings:
-            recordings.record_lazily(mode, sizes)
-        return {}
-
-    def planned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[SizedCall]:
-        from onegraph.size_check import sized_calls  # this, and what it needs, is rarely used
-
-        max_size = resolved.max_num_tokens
-        return sized_calls(module, args, kwargs, dynamic_shapes=dynamic_shapes, max_size=max_size, sizes=sizes)
-
-    return {"recorded_as": mode, "planned": planned}
 
 
 def load(file: str | os.PathLike[str], module: Any, *, name: str | None = None) -> CompiledModel:

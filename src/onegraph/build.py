@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from onegraph.build_call import BuildCall, SavedBuild
+from onegraph.built import Built
 from onegraph.capture.trace_record import first_other_weight
-from onegraph.compiled import Built
 from onegraph.compilers.machine import machine_factors
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.errors import ArtifactError

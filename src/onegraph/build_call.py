@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from onegraph.binding import BoundWeights
+from onegraph.built import Built
 from onegraph.capture.state_check import changed_entries, state_check
-from onegraph.compiled import Built
 from onegraph.config.compilation import CompilationConfig, CUDAGraphMode
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.ir.ledger import CheckedWhen, StateRead

@@ -38,7 +38,8 @@ class PieceRecord:
 class RegionRecord:
     """What was made for one region; `pieces` are those of each part, `groups` the indices of weights to merge.
 
-    `graph` is the captured graph as text, compressed, for traces (TORCH_TRACE).
+    `graph` is the captured graph as text, compressed, for traces (TORCH_TRACE). `lines` has the user's lines of each
+    piece's ops, by name.
     """
 
     trace: TraceRecord
@@ -49,6 +50,7 @@ class RegionRecord:
     groups: tuple[tuple[int, ...], ...]
     pieces: tuple[tuple[PieceRecord, ...], ...]
     graph: bytes
+    lines: tuple[Mapping[str, str], ...]
 
 
 @dataclass(frozen=True)

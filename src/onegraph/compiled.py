@@ -10,21 +10,20 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from onegraph.built import Built, Changes, SizedCall
 from onegraph.config.compilation import CUDAGraphMode, checked
 from onegraph.counters import counters
-from onegraph.cudagraph.recordings import Recordings
 from onegraph.errors import ConfigError, StateChangedError
 from onegraph.explanation import Explanation
-from onegraph.ir.ledger import StateEntry
-from onegraph.ir.recording import uncovered
+from onegraph.ir.recording import RecordedSize, RecordingPlan, uncovered
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck, check_call
 from onegraph.torch_compat.pytree import tree_map
@@ -34,53 +33,8 @@ log = get_logger(__name__)
 MAX_TRACES = 8
 """Traces that one compiled model keeps for different states; a module that changes on every call runs eager."""
 
-Changes = tuple[tuple[StateEntry, str], ...]
 Fallbacks = dict[tuple[int, int | None], str]
 """Piece, and the size whose artifact is meant or None for all -> why it runs uncompiled."""
-
-
-@dataclass(frozen=True)
-class SizedCall:
-    """A call at one size of its only declared dim: an example's rows, repeated or cut.
-
-    `tensors` are the arguments that have the dim, by their paths.
-    """
-
-    size: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    tensors: Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Built:
-    """What a build gives: `entry` takes the module's own arguments; `explanation` tells how it came about.
-
-    `holds` is the check of the captured Python state, or None where there is nothing to check; `changes` names
-    the entries that don't hold, each with what stands there now.
-    """
-
-    entry: Callable[..., Any]
-    explanation: Explanation
-    holds: Callable[[], bool] | None = None
-    changes: Callable[[], Changes] = tuple
-    check: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], int], Iterator[SizeCheck]] | None = None
-    """`check(compiled, args, kwargs, num_sizes)` compares with eager and fp64; None where nothing is compiled."""
-    fallback: Callable[[int, str, int | None], Built] | None = None
-    """`fallback(piece, why, size)` has a piece run op by op, for all sizes if `size` is None, else where it has that
-    size's artifact, and gives this build with its new explanation."""
-    failed_piece: Callable[[BaseException], int | None] = lambda error: None
-    """The piece that an error was raised in."""
-    slots: Callable[[int, Mapping[str, int]], dict[str, torch.Tensor]] | None = None
-    """`slots(size, others)` allocates inputs of these sizes."""
-    save: Callable[[Path], None] | None = None
-    """Writes the build to a file; None where nothing is compiled."""
-    recordings: tuple[Recordings, ...] = ()
-    """Those of each region; none where nothing may be recorded."""
-    recorded_as: CUDAGraphMode = CUDAGraphMode.NONE
-    """How `warm_up` records."""
-    planned: Callable[[tuple[Any, ...], dict[str, Any]], Iterator[SizedCall]] | None = None
-    """`planned(args, kwargs)` gives the calls that `warm_up` records."""
 
 
 class CompiledModel:
@@ -114,6 +68,7 @@ class CompiledModel:
         self._checks: tuple[SizeCheck, ...] = ()
         self._fallbacks: Fallbacks = {}
         self._slots: dict[Any, dict[str, torch.Tensor]] = {}
+        self._recording_plan: RecordingPlan | None = None
         self._building = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,17 +95,38 @@ class CompiledModel:
         with self._building:
             built = self._ensure_built(args, kwargs)
             if built.planned is not None:
-                shown = (size for one in built.recordings for size in one.recorded())
-                known = {one.num_tokens or 0 for one in shown if one.mode is built.recorded_as}
-                calls = (call for call in built.planned(args, kwargs) if call.size not in known)
-                for call in sorted(calls, key=lambda call: -call.size):  # they share memory
-                    self._record_in_slots(built, call)
+                self._record_planned(
+                    built, *built.planned(args, kwargs, lambda call: self._record_in_slots(built, call))
+                )
 
-    def _record_in_slots(self, built: Built, call: SizedCall) -> None:
+    def _record_planned(self, built: Built, planned: RecordingPlan, calls: Iterable[SizedCall]) -> None:
+        self._recording_plan = planned
+        log.info("recording %s", "; ".join(planned.lines()))
+        for call in sorted(calls, key=lambda call: -call.size):  # they share memory
+            self._record_in_slots(built, call)
+        size = None if planned.first is None else planned.first.num_tokens
+        if size is not None and size not in planned.sizes[built.recorded_as]:
+            for recordings in built.recordings:
+                recordings.drop(size, built.recorded_as)
+
+    def _record_in_slots(self, built: Built, call: SizedCall) -> RecordedSize:
+        """Records the call in the memory of `slots`, where it has declared dims; or tells of what is recorded."""
+
+        def found() -> RecordedSize | None:
+            every = (size for one in built.recordings for size in one.recorded())
+            return next(
+                (one for one in every if (one.num_tokens or 0, one.mode) == (call.size, built.recorded_as)), None
+            )
+
+        if (known := found()) is not None:
+            return known
         slots = self.slots(call.size) if call.tensors else {}
         replaced = {id(tensor): slots[path].copy_(tensor) for path, tensor in call.tensors.items()}
         args, kwargs = tree_map(lambda value: replaced.get(id(value), value), (call.args, call.kwargs))
         self._recorded(built, built.recorded_as, args, kwargs, restores=True, copies=not slots)
+        made = found()
+        assert made is not None
+        return made
 
     def _recorded(
         self, built: Built, mode: CUDAGraphMode, args: tuple[Any, ...], kwargs: dict[str, Any], **how: bool
@@ -160,16 +136,17 @@ class CompiledModel:
                 asked.enter_context(recordings.recording(mode, **how))
             return built.entry(*args, **kwargs)
 
-    def check_state(self) -> None:
+    def check_state(self) -> bool:
         """Compares captured Python state now, for an owner that changed its module: the next call captures anew.
 
-        Raises StateChangedError if state has changed and `on_state_change` is `error`.
+        Gives whether it still holds. Raises StateChangedError if not and `on_state_change` is `error`.
         """
         with self._building:
             if self._current is not None and not _holds(self._current):
                 if self._on_state_change == "error":
                     raise _state_changed(self._current.changes())
                 self._current = None
+            return self._current is not None
 
     def record(
         self,
@@ -191,14 +168,23 @@ class CompiledModel:
         if mode not in (CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE):
             raise ConfigError(f"recorded_as={mode.name}", where="record", hint="give FULL or PIECEWISE")
         with self._building:
-            built = self._ensure_built(args, kwargs)
-            if not built.recordings:
-                raise ConfigError(
-                    "nothing is recorded: cudagraph_mode is NONE, or nothing is compiled",
-                    where="record",
-                    hint="compile with cudagraph_mode=FULL or PIECEWISE",
-                )
-            return self._recorded(built, mode, args, kwargs)
+            return self._recorded(self._recordable(args, kwargs), mode, args, kwargs)
+
+    def drop_recording(self, size: int, recorded_as: CUDAGraphMode) -> None:
+        """Drops what `record` made for this size of the first dim."""
+        with self._building:
+            for recordings in self._current.recordings if self._current is not None else ():
+                recordings.drop(size, recorded_as)
+
+    def _recordable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
+        built = self._ensure_built(args, kwargs)
+        if not built.recordings:
+            raise ConfigError(
+                "nothing is recorded: cudagraph_mode is NONE, or nothing is compiled",
+                where="record",
+                hint="compile with cudagraph_mode=FULL or PIECEWISE",
+            )
+        return built
 
     def check(
         self, example: Mapping[str, Any] | None = None, /, *args: Any, num_sizes: int = 8, **kwargs: Any
@@ -320,6 +306,7 @@ class CompiledModel:
             explanation,
             checks=self._checks,
             recorded=recorded,
+            recording_plan=self._recording_plan,
             uncovered=uncovered(recorded, explanation.dims[0]) if recordings and explanation.dims else (),
             recorded_memory=tuple(use.to_dict() for use in memory),
         )

@@ -13,7 +13,7 @@ from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import Ledger
 from onegraph.ir.passes import NearMiss, PassRun
 from onegraph.ir.plan import BufferPlan
-from onegraph.ir.recording import RecordedSize, Uncovered, recorded_lines
+from onegraph.ir.recording import RecordedSize, RecordingPlan, Uncovered, recorded_lines
 from onegraph.numerics.oracle import SizeCheck
 from onegraph.plan.buffers import buffer_lines
 
@@ -168,6 +168,8 @@ class Explanation:
     """Whether the whole build was there already; None where nothing is compiled."""
     recorded: tuple[RecordedSize, ...] = ()
     """What is recorded, by size of the first dim."""
+    recording_plan: RecordingPlan | None = None
+    """What was to be recorded, or will be when it first comes."""
     uncovered: tuple[Uncovered, ...] = ()
     """Sizes at which calls run without a recording."""
     recorded_memory: tuple[Mapping[str, Any], ...] = ()
@@ -236,6 +238,7 @@ class Explanation:
     def _plan_dict(self) -> dict[str, Any]:
         return {
             "mode": self.config["cudagraph_mode"]["value"],
+            "planned": None if self.recording_plan is None else self.recording_plan.to_dict(),
             "sizes": [one.to_dict() for one in self.recorded],
             "uncovered": [one.to_dict() for one in self.uncovered],
             "memory": [dict(use) for use in self.recorded_memory],
@@ -274,8 +277,11 @@ class Explanation:
         for op in self.custom_ops:
             state = "checked on the first call's values" if op.checked else "pending: to be checked on a call's values"
             lines.append(f"op       {op.name}  {state}  ({op.user})")
+        if self.recording_plan is not None:
+            lines += [f"records  {line}" for line in self.recording_plan.lines()]
         lines += [f"recorded {line}" for line in recorded_lines(self.recorded)]
-        lines += [f"  not recorded: {one}" for one in self.uncovered if self.recorded]
+        if self.recording_plan is None:
+            lines += [f"  not recorded: {one}" for one in self.uncovered if self.recorded]
         chosen = [(name, item) for name, item in self.config.items() if item["why"] != "default"]
         lines += [f"config   {name} = {item['value']}  ({item['why']})" for name, item in chosen]
         lines += [f"note     {note}" for note in self.notes]

@@ -16,6 +16,7 @@ import torch
 
 from onegraph.binding import bind_groups, bind_weights, group_indices, refuse_overlap
 from onegraph.build_call import BuildCall
+from onegraph.built import Built
 from onegraph.capture.capture import capture
 from onegraph.capture.constraints import (
     ConstraintReport,
@@ -27,11 +28,10 @@ from onegraph.capture.constraints import (
 from onegraph.capture.custom_ops import checked_at_first_call, custom_ops
 from onegraph.capture.portable import NotPortableError
 from onegraph.capture.regions import MAX_REGIONS, UNBACKED, Sizing, next_sizes
-from onegraph.compiled import Built
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.counters import counters
 from onegraph.cudagraph.graph import RecordedGraph, recorded_graph
-from onegraph.cudagraph.lint import calling_line
+from onegraph.cudagraph.lint import called_lines, calling_line
 from onegraph.cudagraph.recordings import Recordings
 from onegraph.errors import ConfigError, ConstraintError, nearest
 from onegraph.explanation import Explanation, IndexExplanation, explained_passes
@@ -247,7 +247,7 @@ def _recorded_graph(
         is_tensor=[isinstance(fake, torch.Tensor) for fake in captured.fake_inputs[num_weights:]],
         sized=captured.sized,
         unrecordable=dict.fromkeys(edited, "edited: somebody has edited its code"),
-        user_line=lambda piece, op: calling_line(split.pieces[piece], op),
+        user_line=lambda piece, op: calling_line(called_lines(split.pieces[piece]), op),
     )
 
 

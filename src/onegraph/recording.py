@@ -11,6 +11,7 @@ from onegraph.build_call import BuildCall
 from onegraph.build_record import Asked, BuildRecord, PieceRecord, RegionRecord, not_loaded, portable_shapes
 from onegraph.capture.portable import NotPortableError, dumped
 from onegraph.compilers import eager, own_ops
+from onegraph.cudagraph.lint import called_lines
 from onegraph.explanation import Explanation
 from onegraph.ir.artifact import CompiledPiece
 from onegraph.ir.target import Target
@@ -50,6 +51,7 @@ def _region_record(one: Specialised, target: Target) -> RegionRecord:
         groups=one.groups,
         pieces=tuple(tuple(_piece_records(one, pieces, target)) for pieces in one.pieces),
         graph=zlib.compress(one.captured.graph_module.print_readable(print_output=False).encode()),
+        lines=tuple(map(called_lines, one.split.pieces)),
     )
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from onegraph.built import SizedCall
 from onegraph.capture.inputs import read_call
 from onegraph.capture.signatures import call_signature
-from onegraph.compiled import SizedCall
 from onegraph.errors import ConfigError
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import ShapeEntry

@@ -24,16 +24,17 @@ import onegraph.version
 from onegraph.binding import BoundWeights, bind_groups, bind_weights
 from onegraph.build_call import BuildCall
 from onegraph.build_record import BuildRecord, PieceRecord, RegionRecord
+from onegraph.built import Built
 from onegraph.capture.portable import loaded
 from onegraph.capture.signatures import traced_function
 from onegraph.capture.trace_record import RevivedTrace, TraceDiffersError, revive_trace
-from onegraph.compiled import Built
 from onegraph.compilers import eager, own_ops
 from onegraph.compilers.loading import WRAPPER, load_artifact
 from onegraph.compilers.machine import machine_factors
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.counters import counters
 from onegraph.cudagraph.graph import recorded_graph
+from onegraph.cudagraph.lint import calling_line
 from onegraph.cudagraph.recordings import Recordings
 from onegraph.explanation import Explanation, IndexExplanation
 from onegraph.ir.artifact import PieceCallable
@@ -61,6 +62,7 @@ _OF_NO_EFFECT = frozenset(
     {
         *("compile_cache_save_format", "on_state_change", "on_memory_change", "cudagraph_mode"),
         *("cudagraph_capture_sizes", "cudagraph_check", "cudagraph_lazy", "cudagraph_debug"),
+        *("cudagraph_traffic", "cudagraph_memory_mib"),
     }
 )
 """Fields that change nothing of what is built."""
@@ -275,7 +277,7 @@ def _revived(record: RegionRecord, trace: RevivedTrace, call: BuildCall, recorde
             is_tensor=record.trace.is_tensor,
             sized=record.trace.sized,
             unrecordable={},
-            user_line=lambda piece, op: None,  # there is no graph
+            user_line=lambda piece, op: calling_line(record.lines[piece], op),
         )
         recordings = Recordings.configured(graph, recorder, call.config)
     groups = None

@@ -13,7 +13,10 @@ import torch
 from onegraph import LLM, SamplingParams
 from onegraph.counters import counters
 from onegraph.engine.runner import Runner, StepLogits
-from onegraph.errors import ConfigError
+from onegraph.engine.startup import WORTH_RECORDING
+from onegraph.errors import ConfigError, RecordingError
+from onegraph.ir.recording import NotRecordableError
+from onegraph.targets.cpu.tape import TapeRecorder
 from tests.llm.tiny_llama import MAX_LEN
 
 MODES = ("PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
@@ -143,3 +146,74 @@ def test_long_texts_grow_into_their_block_tables(model_folder: Path, plain: LLM)
     )
     assert got == want
     assert counters.snapshot()["replays:FULL"] > before + 60
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+PROMPTS = [{"prompt_token_ids": [1, 2, 3]}, {"prompt_token_ids": [7]}, {"prompt_token_ids": [9, 9]}]
+
+
+def tokens(llm: LLM, prompts: list[Any] = PROMPTS) -> list[tuple[int, ...]]:
+    return [tuple(one.outputs[0].token_ids) for one in llm.generate(prompts, GREEDY, use_tqdm=False)]
+
+
+def test_small_decode_batches_are_recorded_by_default(model_folder: Path, plain: LLM) -> None:
+    """Each size when it has come often enough, so that a start takes no longer, and a rare batch neither."""
+    llm = LLM(str(model_folder), **LIMITS)
+    explained = llm.explain().to_dict()
+    assert explained["config"]["cudagraph_mode"] == {"value": "FULL_DECODE_ONLY", "why": "device rule: cpu"}
+    planned = explained["plan"]["planned"]
+    assert planned["sizes"] == {"FULL": [1, 2, 3, 4, 5, 6, 7, 8]} and planned["lazily_at"] == WORTH_RECORDING
+    assert explained["plan"]["sizes"] == []
+    assert "records   FULL at 1, 2, 3, 4, 5, 6, 7, 8 (by default)\n" in llm.summary()
+    assert f"records   each size when it comes for the {WORTH_RECORDING}th time" in llm.summary()
+    for number in (5, 10):
+        recordings = {"recordings:FULL": int(number == 10), "replays:FULL": max(number - WORTH_RECORDING + 1, 0)}
+        with counters.expect(**recordings, **{"batches:FULL:padded": 0}):
+            assert tokens(llm) == tokens(plain)
+    plan = llm.explain().to_dict()["plan"]
+    assert [one["num_tokens"] for one in plan["sizes"]] == [3]
+    assert plan["planned"]["traffic"] == {"3": 10} and plan["planned"]["padding"]["FULL"]["of_traffic"] == 0
+
+
+def test_what_cant_be_recorded_is_an_error_where_it_was_asked_for_alone(
+    model_folder: Path, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: Any) -> Any:
+        raise NotRecordableError("unsafe_op", "planted", "can't be recorded")
+
+    monkeypatch.setattr(TapeRecorder, "record", refuses)
+    llm = LLM(str(model_folder), **LIMITS)
+    with counters.expect(**{"engines_without_recordings": 1, "batches:NONE:not_recordable": 2}):
+        assert tokens(llm) == tokens(plain) and tokens(llm) == tokens(plain)
+    explained = llm.explain()
+    assert any("nothing is recorded: FULL at size 3 can't be recorded" in note for note in explained.notes)
+    assert explained.to_dict()["plan"]["planned"] is None
+    with pytest.raises(RecordingError, match="planted"):
+        recorded(model_folder, "FULL_DECODE_ONLY")
+
+
+def test_sizes_are_chosen_for_traffic_and_memory(model_folder: Path) -> None:
+    llm = recorded(model_folder, "FULL_DECODE_ONLY", cudagraph_traffic={1: 900, "3": 60, "7": 1})
+    plan = llm.explain().to_dict()["plan"]
+    assert [one["num_tokens"] for one in plan["sizes"]] == [1, 3, 7]
+    assert plan["planned"]["chosen"] == "chosen by traffic"
+    all_bytes, expected = sum(one["bytes"] for one in plan["sizes"]), plan["planned"]["expected_bytes"]
+    assert all_bytes <= expected <= 20 * all_bytes and plan["planned"]["expected_seconds"] > 0
+    tight = recorded(model_folder, "FULL_DECODE_ONLY", cudagraph_memory_mib=1, cudagraph_traffic={"1": 5, "8": 1})
+    assert [one["num_tokens"] for one in tight.explain().to_dict()["plan"]["sizes"]] == [1, 8]
+    with pytest.raises(ConfigError, match=r"cudagraph_capture_sizes=\[1\] \(user\) gives the sizes that"):
+        recorded(model_folder, "FULL", cudagraph_capture_sizes=[1], cudagraph_memory_mib=1)
+
+
+def test_an_engine_whose_module_changes_records_again(model_folder: Path, plain: LLM) -> None:
+    llm = recorded(model_folder, "FULL_DECODE_ONLY", cudagraph_lazy=True)
+    with counters.expect(**{"recordings:FULL": 1, "replays:FULL": 5}):
+        before = tokens(llm)
+    module = llm.engine._runner._model.original
+    with torch.no_grad():
+        first = next(iter(module.named_parameters()))[0]
+        module.get_parameter(first).mul_(0.5)
+    module.train(not module.training)  # captured state: it is captured anew when the engine is idle
+    with counters.expect(**{"recordings:FULL": 1, "replays:FULL": 5}):
+        tokens(llm)
+    assert before == tokens(plain)

@@ -63,10 +63,19 @@ ACCEPTED: list[tuple[str, Any]] = [
     ("cudagraph_mode", "FULL_DECODE_ONLY"),
     ("cudagraph_mode", "FULL_AND_PIECEWISE"),
     ("cudagraph_capture_sizes", []),
+    ("cudagraph_capture_sizes", [1, 2, 4]),
+    ("cudagraph_traffic", {}),
+    ("cudagraph_traffic", {"1": 900, "3": 100}),
+    ("cudagraph_memory_mib", 0),
+    ("cudagraph_memory_mib", 512),
     ("cudagraph_check", "first"),
+    ("cudagraph_check", "always"),
     ("cudagraph_lazy", False),
+    ("cudagraph_lazy", True),
     ("cudagraph_debug", False),
+    ("cudagraph_debug", True),
     ("on_memory_change", "error"),
+    ("on_memory_change", "rerecord"),
     ("dynamic_shapes", "unbacked"),
     ("dynamic_shapes", "backed"),
     ("dynamic_shapes", "backed_size_oblivious"),
@@ -86,8 +95,10 @@ ACCEPTED: list[tuple[str, Any]] = [
     ("autotune", "off"),
     ("max_num_tokens", 64),
 ]
-REFUSED: list[tuple[str, Any]] = [
+REFUSED_AT_O1: list[tuple[str, Any]] = [
     ("cudagraph_capture_sizes", [1, 2, 4]),
+    ("cudagraph_traffic", {"1": 900}),
+    ("cudagraph_memory_mib", 512),
     ("cudagraph_check", "always"),
     ("cudagraph_lazy", True),
     ("cudagraph_debug", True),
@@ -125,7 +136,10 @@ def spellings(name: str, value: Any) -> Iterator[list[str]]:
 
 def in_python(fields: Any, *, enforce_eager: bool = False) -> dict[str, Any]:
     return resolve(
-        CompilationConfig.of(fields), rules=device_rules("cpu"), environment=environment(), enforce_eager=enforce_eager
+        CompilationConfig.of(fields),
+        rules=device_rules("cpu", batches=True),
+        environment=environment(),
+        enforce_eager=enforce_eager,
     ).to_dict()
 
 
@@ -148,23 +162,23 @@ def test_all_spellings_and_python_give_the_same(name: str, value: Any, capsys: p
         assert on_the_command_line(words, capsys) == expected, words
 
 
-@pytest.mark.parametrize(("name", "value"), REFUSED)
+@pytest.mark.parametrize(("name", "value"), REFUSED_AT_O1)
 def test_all_spellings_and_python_are_refused_with_the_same_words(
     name: str, value: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConfigError, match="nothing is recorded") as caught:
-        in_python({name: value})
+        in_python({"level": 1, name: value})
     for words in spellings(name, value):
-        assert main(["config", *words, "--json"]) == 2, words
+        assert main(["config", "-O1", *words, "--json"]) == 2, words
         shown = capsys.readouterr()
         assert str(caught.value) in shown.err, words
         assert shown.out == ""
 
 
-@pytest.mark.parametrize(("name", "value"), REFUSED)
+@pytest.mark.parametrize(("name", "value"), REFUSED_AT_O1)
 def test_what_is_refused_stops_an_llm_before_it_compiles(name: str, value: Any, model_folder: Path) -> None:
     with counters.expect(graphs_captured=0), pytest.raises(ConfigError, match="nothing is recorded"):
-        LLM(str(model_folder), compilation_config={name: value}, num_kv_blocks=16)
+        LLM(str(model_folder), compilation_config={"level": 1, name: value}, num_kv_blocks=16)
 
 
 @pytest.mark.parametrize("words", [["--enforce-eager"], ["--enforce_eager"], ["-O3", "--enforce-eager"]])
@@ -348,7 +362,7 @@ def of_a_live_server(words: list[str]) -> Any:
         one.close()
 
 
-@pytest.mark.parametrize(("name", "value"), REFUSED)
+@pytest.mark.parametrize(("name", "value"), REFUSED_AT_O1)
 def test_serve_refuses_what_can_not_be_honoured(name: str, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         in_python({name: value})

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from onegraph.audit.witness import Handed, Witness
 from onegraph.build_call import BuildCall, Stages
 from onegraph.build_record import BuildRecord
+from onegraph.built import Built
 from onegraph.capture.portable import loaded
 from onegraph.capture.trace_record import TraceDiffersError, revive_trace
-from onegraph.compiled import Built
 from onegraph.config.compilation import CompilationMode
 from onegraph.ir.key import Key, Unkeyable
 from onegraph.ir.ledger import StateRead

@@ -72,6 +72,8 @@ def _other_values(name: str, info: FieldInfo, was: Any, dims: Sequence[DynamicDi
         "compile_sizes": [[some_size]],
         "compile_ranges": [[some_size]],
         "cudagraph_capture_sizes": [[some_size]],
+        "cudagraph_traffic": [{str(some_size): 1}],
+        "cudagraph_memory_mib": [1024],
     }
     if name == "extra_passes":
         path = f"{LeaveAsIs.__module__}:{LeaveAsIs.__qualname__}"

@@ -34,7 +34,7 @@ def main(words: list[str]) -> int:
     device = resolve_device(config.device)
     resolved = resolve(
         CompilationConfig.of(config.compilation_config),
-        rules=device_rules(device),
+        rules=device_rules(device, batches=True),
         environment=environment(),
         enforce_eager=config.enforce_eager,
     )

@@ -82,7 +82,7 @@ def parsed(words: list[str]) -> tuple[EngineConfig, ServeSettings, bool]:
     config = engine_config(options, compilation)
     resolve(
         CompilationConfig.of(config.compilation_config),
-        rules=device_rules(resolve_device(config.device)),
+        rules=device_rules(resolve_device(config.device), batches=True),
         environment=environment(),
         enforce_eager=config.enforce_eager,
     )

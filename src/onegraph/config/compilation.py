@@ -44,8 +44,8 @@ class FieldInfo:
     """What is declared about a field.
 
     `kind` is how a value is read: `int`, `bool`, `str`, `choice`, `mode`, `cudagraph_mode`, `ints`, `sizes`,
-    `ranges`, `strs` or `dict`. `affects` predicts what a change reaches: the `graph`, the `kernels`, or `nothing` of
-    what is compiled.
+    `ranges`, `strs`, `counts` or `dict`. `affects` predicts what a change reaches: the `graph`, the `kernels`, or
+    `nothing` of what is compiled.
     """
 
     kind: str
@@ -94,6 +94,12 @@ class CompilationConfig:
     )
     cudagraph_capture_sizes: tuple[int, ...] | None = _field(
         "ints", "nothing", "sizes that are recorded; [] is 1, 2, 4, 8, by 8 to 256, by 16 to 512"
+    )
+    cudagraph_traffic: Mapping[str, int] | None = _field(
+        "counts", "nothing", "how many calls there are of which size: the sizes that are recorded are chosen for them"
+    )
+    cudagraph_memory_mib: int | None = _field(
+        "int", "nothing", "the most that recordings may take, in MiB: the sizes are chosen to fit; 0 is no limit"
     )
     cudagraph_check: str | None = _field(
         "choice",
@@ -227,9 +233,19 @@ def checked(name: str, value: Any) -> Any:
         if not all(isinstance(item, str) for item in items):
             raise _wrong(name, value, "a list of strings")
         return items
+    if info.kind == "counts":
+        return _counts(name, value)
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise _wrong(name, value, "an object with names as keys")
     return dict(value)
+
+
+def _counts(name: str, value: Any) -> dict[str, int]:
+    """Counts by size; sizes may be given as numbers, and are text as JSON's keys are."""
+    sizes = [str(size) for size in value] if isinstance(value, Mapping) else []
+    if not isinstance(value, Mapping) or not all(size.isdecimal() and int(size) for size in sizes):
+        raise _wrong(name, value, 'an object with sizes as keys, such as {"1": 900, "8": 100}')
+    return {size: _whole(name, count, None) for size, count in zip(sizes, value.values(), strict=True)}
 
 
 def _wrong(name: str, value: Any, wanted: str) -> ConfigError:

@@ -30,11 +30,13 @@ ATTENTION_OPS = ("onegraph::write_kv_cache", "onegraph::paged_attention")
 
 @dataclass(frozen=True)
 class DeviceRules:
-    """What configuration may ask for on a device."""
+    """What configuration may ask for on a device, and what it records by itself."""
 
     device: str
     cudagraph_modes: frozenset[CUDAGraphMode]
     default_cudagraph_mode: CUDAGraphMode
+    default_capture_sizes: tuple[int, ...] = ()
+    """Where these are few, each is recorded when it first comes; none stand for all sizes, recorded at the start."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class ResolvedConfig:
     compile_ranges: tuple[Any, ...]
     cudagraph_mode: CUDAGraphMode
     cudagraph_capture_sizes: tuple[int, ...]
+    cudagraph_traffic: Mapping[str, int]
+    cudagraph_memory_mib: int
     cudagraph_check: str
     cudagraph_lazy: bool
     cudagraph_debug: bool
@@ -74,8 +78,12 @@ class ResolvedConfig:
 
     def asked(self, name: str) -> bool:
         """Whether a user or the environment gave the value."""
-        why = self.why[name]
-        return why in ("user", "ONEGRAPH_COMPILATION_CONFIG", "ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT")
+        return is_asked(self.why[name])
+
+
+def is_asked(why: str) -> bool:
+    """Whether a reason of `ResolvedConfig.why` says that a user or the environment gave the value."""
+    return why in ("user", "ONEGRAPH_COMPILATION_CONFIG", "ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT")
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,8 @@ class Default:
 
 _OF_RECORDINGS = (
     "cudagraph_capture_sizes",
+    "cudagraph_traffic",
+    "cudagraph_memory_mib",
     "cudagraph_check",
     "cudagraph_lazy",
     "cudagraph_debug",
@@ -102,6 +112,8 @@ ALWAYS: Mapping[str, Any] = {
     "compile_sizes": (),
     "compile_ranges": (),
     "cudagraph_capture_sizes": (),
+    "cudagraph_traffic": {},
+    "cudagraph_memory_mib": 0,
     "cudagraph_check": "first",
     "cudagraph_lazy": False,
     "cudagraph_debug": False,
@@ -131,6 +143,7 @@ def resolve(
     _refuse_contradictions(given, levels["mode"], enforce_eager)
     _refuse_unpacking_nowhere(given, environment)
     values = {name: Default(value) for name, value in ALWAYS.items()} | levels | given
+    values |= _recorded_by_default(values, given, rules)
     values |= _autotuned(values, asked="autotune" in given)
     values["compile_sizes"] = _with_capture_sizes(values)
     _refuse_recording_nothing(given, values["cudagraph_mode"])
@@ -168,19 +181,49 @@ def _by_level(given: Mapping[str, Default], rules: DeviceRules, enforce_eager: b
     mode = given.get("mode", mode)
     because = f"mode={mode.value.name}"
     uncompiled = mode.value is CompilationMode.NONE
+    backend = given.get("backend", Default("eager", because) if uncompiled else Default("inductor", why))
     cudagraphs = Default(rules.default_cudagraph_mode, f"device rule: {rules.device}")
     if enforce_eager or level.value < 2:
         cudagraphs = Default(CUDAGraphMode.NONE, "enforce_eager" if enforce_eager else why)
+    elif mode.value not in _CAPTURING or backend.value != "inductor":
+        cudagraphs = Default(
+            CUDAGraphMode.NONE, because if mode.value not in _CAPTURING else f"backend={backend.value}"
+        )
     return {
         "level": level,
         "mode": mode,
-        "backend": Default("eager", because) if uncompiled else Default("inductor", why),
+        "backend": backend,
         "splitting_ops": (
             Default(ATTENTION_OPS, why) if mode.value is CompilationMode.ONEGRAPH else Default((), because)
         ),
         "cudagraph_mode": cudagraphs,
         "autotune": Default("record" if level.value >= 3 else "off", why),
     }
+
+
+def _recorded_by_default(
+    values: Mapping[str, Default], given: Mapping[str, Default], rules: DeviceRules
+) -> dict[str, Default]:
+    """What goes with recordings that nobody asked for: they are made anew where memory moves; few of them when needed.
+
+    Raises ConfigError where sizes are both given and to be chosen.
+    """
+    chosen_for = [name for name in ("cudagraph_traffic", "cudagraph_memory_mib") if name in given and given[name].value]
+    sizes = given.get(CAPTURE_SIZES)
+    if chosen_for and sizes is not None and sizes.value:
+        raise ConfigError(
+            f"{CAPTURE_SIZES}={_jsonable(sizes.value)} ({sizes.why}) gives the sizes that {chosen_for[0]} "
+            f"({given[chosen_for[0]].why}) is there to choose",
+            where="configuration",
+            hint="leave one of the two out",
+        )
+    recorded = values["cudagraph_mode"]
+    if "cudagraph_mode" in given or recorded.value is CUDAGraphMode.NONE:
+        return {}
+    wanted: dict[str, Any] = {"on_memory_change": "rerecord"}
+    if rules.default_capture_sizes and not chosen_for:
+        wanted |= {CAPTURE_SIZES: rules.default_capture_sizes, "cudagraph_lazy": True}
+    return {name: Default(value, recorded.why) for name, value in wanted.items() if name not in given}
 
 
 def _autotuned(values: Mapping[str, Default], *, asked: bool) -> dict[str, Default]:

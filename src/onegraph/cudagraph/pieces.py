@@ -76,6 +76,11 @@ class PieceMemory:
         """The pieces for a call's sizes."""
         return list(self._pieces if self._block is None else self._block.bound(0, *self._sizes(*inputs)))
 
+    @property
+    def num_bytes(self) -> int:
+        """As Block.num_bytes."""
+        return 0 if self._block is None else self._block.num_bytes
+
     def poison(self) -> None:
         """As Block.poison."""
         if self._block is not None:

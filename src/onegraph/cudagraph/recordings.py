@@ -157,13 +157,25 @@ class Recordings:
         """
         self._lazy = dict.fromkeys(sizes, mode)
 
+    def drop(self, size: int, mode: CUDAGraphMode) -> None:
+        """Drops the recordings of this mode and size of the first dim."""
+        with self._lock:
+            recorded = self._full if mode is FULL else self._piecewise
+            for key in [key for key, one in recorded.items() if one.shown.num_tokens == size]:
+                del recorded[key]
+            if not (self._full or self._piecewise):
+                self._forget_memory()
+
     def forget(self) -> None:
         """Drops all recordings: the pieces that they were made of are replaced."""
         with self._lock:
             self._full.clear()
             self._piecewise.clear()
-            self._block = None
-            self._of_pieces.clear()
+            self._forget_memory()
+
+    def _forget_memory(self) -> None:
+        self._block = None
+        self._of_pieces.clear()
 
     def recorded(self) -> tuple[RecordedSize, ...]:
         """The recordings, by size."""
@@ -272,6 +284,7 @@ class Recordings:
         graph, size = self._graph, self._size(*inputs)
         region = graph.region_of(size)
         left: Mapping[int, str] = {}
+        shared_before = self._shared_bytes
         is_inference = torch.is_inference_mode_enabled()
         try:
             if mode is FULL:
@@ -288,6 +301,7 @@ class Recordings:
                 left = recorded.unrecorded
         except NotRecordableError as error:
             raise self._refused(error, mode, size) from error
+        num_bytes += self._shared_bytes - shared_before
         shown = RecordedSize(size, mode, num_steps, num_bytes, time.perf_counter() - started, left)
         pinned = [inputs[i] for i in self._pinned]
         uses = (MemoryUse.of(graph.names[i], graph.owners[i], inputs[i]) for i in self._pinned)
@@ -306,6 +320,12 @@ class Recordings:
             self._piecewise[is_inference, size] = made
         counters.add(f"recordings:{mode.name}")
         return _handed_out(made.kinds, results, inputs, copied=True)
+
+    @property
+    def _shared_bytes(self) -> int:
+        """What the plan's intermediate values take, for all recordings together."""
+        blocks = [] if self._block is None else [self._block.num_bytes]
+        return sum(blocks) + sum(memory.num_bytes for memory in self._of_pieces.values())
 
     def _record_whole(self, region: int, inputs: tuple[Any, ...]) -> tuple[Recording, Sequence[Any]]:
         graph, plan = self._graph, self._graph.plan

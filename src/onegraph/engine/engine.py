@@ -6,7 +6,7 @@ thread uses an engine; only `check_request` may be called from any.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -26,6 +26,7 @@ from onegraph.engine.scheduler import Batch, Scheduler
 from onegraph.engine.stopping import Stop, StopStrings, stop_by_token
 from onegraph.engine.text import Text
 from onegraph.errors import ConfigError
+from onegraph.ir.recording import RecordedSize
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck
 
@@ -143,9 +144,33 @@ class Engine:
         """Compiles or loads the model before the first request."""
         self._runner.warm_up(num_tokens)
 
-    def record(self, batches: RecordedBatches, progress: Callable[[int, int], None], *, lazy: bool = False) -> None:
-        """Records the model for these batches; with `lazy`, each when it first comes. Raises RecordingError."""
-        self._runner.record(batches, progress, lazy=lazy)
+    @property
+    def traffic(self) -> Mapping[int, int]:
+        """Batches so far by their numbers of tokens, of those that a recording may stand for."""
+        return self._runner.traffic
+
+    @property
+    def unrecordable(self) -> str | None:
+        """Why nothing is recorded where that was to be tried; None where something is, or nothing was to be."""
+        return self._runner.unrecordable
+
+    def record_largest(self, batches: RecordedBatches) -> RecordedSize:
+        """Records the largest of the batches, and tells what it took. Raises RecordingError."""
+        return self._runner.record_largest(batches)
+
+    def record(
+        self,
+        batches: RecordedBatches,
+        progress: Callable[[int, int], None],
+        *,
+        lazily_at: int | None = None,
+        if_it_can: bool = False,
+    ) -> None:
+        """Records the model for these batches; with `lazily_at`, each when it comes for so many times.
+
+        Raises RecordingError, but for `if_it_can`.
+        """
+        self._runner.record(batches, progress, lazily_at=lazily_at, if_it_can=if_it_can)
 
     def check(self, num_sizes: int) -> tuple[SizeCheck, ...]:
         """The compiled model against eager and fp64 at `num_sizes` batch sizes; forgets the prefix cache.

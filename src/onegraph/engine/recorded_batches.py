@@ -6,15 +6,14 @@ into the KV cache, and it belongs to no request; a padding request has no tokens
 row 0.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from onegraph.config.compilation import CUDAGraphMode
-from onegraph.cudagraph.sizes import Decision, Dispatcher, recorded_sizes
-from onegraph.ir.recording import Uncovered
+from onegraph.cudagraph.sizes import Decision, Dispatcher, SizeChoice
+from onegraph.ir.recording import RecordedSize, RecordingPlan, Uncovered
 
 NO_SLOT = -1
 
@@ -34,14 +33,25 @@ class RecordedBatches:
 
     @classmethod
     def planned(
-        cls, mode: CUDAGraphMode, asked: Sequence[int], *, max_num_tokens: int, max_num_seqs: int, max_blocks: int
+        cls,
+        mode: CUDAGraphMode,
+        choice: SizeChoice,
+        *,
+        max_num_tokens: int,
+        max_num_seqs: int,
+        max_blocks: int,
+        bytes_per_row: float = 0.0,
     ) -> "RecordedBatches":
-        """The sizes for a mode. Raises ConfigError for an asked size that no batch of the mode has."""
+        """The sizes for a mode; `bytes_per_row` is what a recording takes for each of its tokens.
+
+        Raises ConfigError for an asked size that no batch of the mode has, and as `SizeChoice.sizes`.
+        """
         in_whole = mode in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY)
         in_pieces = mode in (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL_AND_PIECEWISE)
         decodes = min(max_num_tokens, max_num_seqs)
         most_whole = max_num_tokens if mode is CUDAGraphMode.FULL else decodes
-        sizes = recorded_sizes(asked, 1, max(max_num_tokens if in_pieces else 1, most_whole if in_whole else 1))
+        most = max(max_num_tokens if in_pieces else 1, most_whole if in_whole else 1)
+        sizes = choice.sizes(1, most, bytes_per_row * (2 if in_pieces and in_whole else 1))
         return cls(
             mode=mode,
             full=tuple(size for size in sizes if size <= most_whole) if in_whole else (),
@@ -49,6 +59,21 @@ class RecordedBatches:
             max_num_seqs=max_num_seqs,
             max_blocks_per_seq=max_blocks,
         )
+
+    @property
+    def largest(self) -> Decision:
+        """The batch with the most tokens."""
+        full, piecewise = max(self.full, default=0), max(self.piecewise, default=0)
+        mode = CUDAGraphMode.FULL if full >= piecewise else CUDAGraphMode.PIECEWISE
+        return Decision(mode, max(full, piecewise), "exact")
+
+    def plan(
+        self, choice: SizeChoice, *, lazily_at: int | None, first: RecordedSize | None, max_num_tokens: int
+    ) -> RecordingPlan:
+        """What is told before the batches are recorded; `first` is the largest, which tells what others will cost."""
+        modes = {CUDAGraphMode.FULL: self.full, CUDAGraphMode.PIECEWISE: self.piecewise}
+        sizes = {mode: found for mode, found in modes.items() if found}
+        return RecordingPlan(sizes, str(choice), lazily_at, first, self.uncovered(max_num_tokens), choice.traffic)
 
     def dispatcher(self) -> Dispatcher:
         """What decides for a batch."""

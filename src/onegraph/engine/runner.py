@@ -5,6 +5,8 @@ Keeps: the KV cache tensors and the input buffers, on one device, made once, in 
 `T` tokens of the batch, `R` sequences, `B` blocks of the longest, `S` rows with logits, `V` vocabulary.
 """
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,11 +20,12 @@ from onegraph.counters import counters
 from onegraph.cudagraph.sizes import Decision, Dispatcher
 from onegraph.engine.block_tables import BlockTables
 from onegraph.engine.kv_cache import KVCaches
-from onegraph.engine.recorded_batches import RecordedBatches
+from onegraph.engine.recorded_batches import Arrays, RecordedBatches
 from onegraph.engine.request import Sequence
 from onegraph.engine.scheduler import Batch
-from onegraph.errors import ConfigError, ShapeOutOfRangeError
+from onegraph.errors import ConfigError, RecordingError, ShapeOutOfRangeError
 from onegraph.explanation import Explanation
+from onegraph.ir.recording import RecordedSize
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck
 from onegraph.size_check import sizes_to_check
@@ -47,14 +50,17 @@ class Model(Protocol):
     def explain(self) -> Explanation:
         """How it was compiled."""
 
-    def check_state(self) -> None:
-        """Compares captured Python state with the module's now."""
+    def check_state(self) -> bool:
+        """Compares captured Python state with the module's now; gives whether it still holds."""
 
     def demote(self, error: BaseException) -> bool:
         """Has the compiled piece that raised run uncompiled; False where none did."""
 
     def record(self, inputs: dict[str, Any], /, *, recorded_as: CUDAGraphMode) -> Any:
         """Runs this very call, and records it."""
+
+    def drop_recording(self, size: int, recorded_as: CUDAGraphMode) -> None:
+        """Drops what was recorded."""
 
     @property
     def original(self) -> Any:
@@ -100,8 +106,16 @@ class Runner:
         self._block_tables = _Buffer(max_num_seqs * max_blocks, torch.int32, device)
         self._logits_indices = _Buffer(max_num_tokens, torch.int64, device)
         self._recorded: RecordedBatches | None = None
+        self._records_if_it_can = False
         self._to_record: set[tuple[CUDAGraphMode, int]] = set()
+        self._largest: Decision | None = None
+        self._lazily_at = 1
+        self._came: Counter[tuple[CUDAGraphMode, int]] = Counter()
         self._dispatcher = Dispatcher(CUDAGraphMode.NONE, (), ())
+        self.traffic: Counter[int] = Counter()
+        """Batches by their numbers of tokens, of those that a recording may stand for."""
+        self.unrecordable: str | None = None
+        """Why nothing is recorded where that was to be tried."""
 
     def warm_up(self, num_tokens: int) -> None:
         """Compiles (or loads) the model on `num_tokens` padding rows, which read and write no block."""
@@ -117,23 +131,67 @@ class Runner:
             )
             self._model.warm_up(inputs)
 
-    def record(self, batches: RecordedBatches, progress: Callable[[int, int], None], *, lazy: bool = False) -> None:
+    def record_largest(self, batches: RecordedBatches) -> RecordedSize:
+        """Records the largest of the batches, and tells what it took. Raises RecordingError."""
+        largest = batches.largest
+        with torch.inference_mode():
+            self._model.record(self._inputs(**batches.padding(largest)), recorded_as=largest.mode)
+        self._largest = largest
+        made = self._model.explain().recorded
+        return next(one for one in made if (one.num_tokens, one.mode) == (largest.size, largest.mode))
+
+    def record(
+        self,
+        batches: RecordedBatches,
+        progress: Callable[[int, int], None],
+        *,
+        lazily_at: int | None = None,
+        if_it_can: bool = False,
+    ) -> None:
         """Records the batches, the largest first; `progress` is told how many of how many are done.
 
-        With `lazy` each is recorded when it first comes. Raises RecordingError for what can't be recorded.
+        With `lazily_at` each is recorded when it comes for so many times, and runs as it is until then. Raises
+        RecordingError for what can't be recorded; with `if_it_can` nothing is recorded then, and `unrecordable` says
+        why.
         """
         self._recorded, self._dispatcher = batches, batches.dispatcher()
-        self._to_record = {(CUDAGraphMode.FULL, size) for size in batches.full}
-        self._to_record |= {(CUDAGraphMode.PIECEWISE, size) for size in batches.piecewise}
-        if lazy:
+        self._records_if_it_can = if_it_can
+        self._to_record, self._lazily_at = self._all_to_record(), lazily_at or 1
+        if self._largest is not None:
+            mode, size = self._largest.mode, self._largest.size
+            if (mode, size) not in self._to_record:
+                self._model.drop_recording(size, mode)
+            self._to_record.discard((mode, size))
+        if lazily_at is not None:
             return
         total = len(self._to_record)
         for done, (mode, size) in enumerate(sorted(self._to_record, key=lambda one: -one[1])):
             progress(done, total)
             with torch.inference_mode():
-                decision = Decision(mode, size, "exact")
-                self._model.record(self._inputs(**batches.padding(decision)), recorded_as=mode)
+                self._record(batches, Decision(mode, size, "exact"))
         self._to_record.clear()
+
+    def _all_to_record(self) -> set[tuple[CUDAGraphMode, int]]:
+        batches = self._recorded
+        if batches is None:
+            return set()
+        whole = {(CUDAGraphMode.FULL, size) for size in batches.full}
+        return whole | {(CUDAGraphMode.PIECEWISE, size) for size in batches.piecewise}
+
+    def _record(self, batches: RecordedBatches, decision: Decision) -> None:
+        try:
+            self._model.record(self._inputs(**batches.padding(decision)), recorded_as=decision.mode)
+        except RecordingError as error:
+            if not self._records_if_it_can:
+                raise
+            self._record_nothing(error.message)
+
+    def _record_nothing(self, why: str) -> None:
+        """From now on no batch is padded, and none replayed."""
+        log.info("nothing is recorded: %s", why)
+        counters.add("engines_without_recordings")
+        self.unrecordable, self._recorded = why, None
+        self._dispatcher = Dispatcher(CUDAGraphMode.NONE, (), (), why_off="not_recordable")
 
     def run(self, batch: Batch) -> StepLogits:
         """One forward over the batch."""
@@ -161,25 +219,38 @@ class Runner:
             "block_tables": tables[:, : -(-int(seq_lens.max()) // self._block_size)],
             "logits_indices": np.array(result_rows),
         }
-        if self._recorded is not None and not prompts:
+        if not prompts:
             is_decode = len(token_ids) == len(scheduled) == len(result_rows)
-            decision = self._dispatcher.decide(len(token_ids), is_uniform_decode=is_decode)
-            counters.add(f"batches:{decision.mode.name}:{decision.reason}")
-            if decision.mode is not CUDAGraphMode.NONE:
-                arrays = self._recorded.padded(arrays, decision)
-                self._record_first(decision)
+            arrays = self._padded(arrays, len(token_ids), is_decode)
         with torch.inference_mode():
             logits = self._forward(self._inputs(**arrays))
         return StepLogits(logits[: len(result_rows)], sequences, rows, prompts)
 
-    def _record_first(self, decision: Decision) -> None:
-        """Records a batch of padding where this is the first batch that is padded so."""
+    def _padded(self, arrays: Arrays, num_tokens: int, is_decode: bool) -> Arrays:
+        """The batch as it runs: padded to a recorded size, which is recorded now if this is the first such batch."""
+        decision = self._dispatcher.decide(num_tokens, is_uniform_decode=is_decode)
         one = decision.mode, decision.size
-        if self._recorded is not None and one in self._to_record:
+        if one in self._to_record:
+            self._came[one] += 1
+            if self._came[one] < self._lazily_at:
+                decision = Decision(CUDAGraphMode.NONE, num_tokens, "not_yet_recorded")
+        if decision.reason != "off":
+            counters.add(f"batches:{decision.mode.name}:{decision.reason}")
+        batches = self._recorded
+        if batches is None:
+            return arrays
+        if decision.reason != "not_uniform_decode":
+            self.traffic[num_tokens] += 1
+        if decision.mode is CUDAGraphMode.NONE:
+            return arrays
+        if one in self._to_record:
             self._to_record.discard(one)
-            log.info("recording batches of %d tokens (%s)", decision.size, decision.mode.name)
+            began = time.perf_counter()
             with torch.inference_mode():
-                self._model.record(self._inputs(**self._recorded.padding(decision)), recorded_as=decision.mode)
+                self._record(batches, decision)
+            seconds = time.perf_counter() - began
+            log.info("recorded batches of %d tokens (%s) in %.2f s", decision.size, decision.mode.name, seconds)
+        return arrays if self._recorded is None else batches.padded(arrays, decision)
 
     def check(self, num_sizes: int) -> tuple[SizeCheck, ...]:
         """The model against eager and fp64 at `num_sizes` sizes of a batch (see `sizes_to_check`).
@@ -217,7 +288,9 @@ class Runner:
     def check_state(self) -> None:
         """Has the model compare its captured state; the next batch captures anew if that has changed."""
         with torch.inference_mode():  # as in a batch: the grad mode is a part of the state
-            self._model.check_state()
+            holds = self._model.check_state()
+        if not holds:
+            self._to_record = self._all_to_record()  # what is captured anew has no recordings
 
     def _forward(self, inputs: dict[str, Any]) -> Any:
         """The compiled model, or the model itself for a batch outside the sizes that it was compiled for.
@@ -234,9 +307,7 @@ class Runner:
         except Exception as error:
             if not self._model.demote(error):
                 raise
-            if self._recorded is not None:
-                log.warning("nothing is replayed from now on: the recordings had the piece that runs uncompiled")
-                self._recorded = None
+            self._to_record = self._all_to_record()  # the recordings had the piece that runs uncompiled now
             return self._forward(inputs)
 
     def _inputs(self, **arrays: "np.ndarray[Any, Any]") -> dict[str, Any]:

@@ -4,6 +4,7 @@ Takes: an `EngineConfig`. Gives: a `Started` with the engine, the loaded and the
 stage took. This is the one place where an engine's model is compiled; `ahead_of_time` does it without starting one.
 """
 
+import functools
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,6 +16,8 @@ from onegraph import api
 from onegraph.compiled import CompiledModel
 from onegraph.config.compilation import CUDAGraphMode
 from onegraph.config.engine import EngineConfig
+from onegraph.config.resolve import is_asked
+from onegraph.cudagraph.sizes import SizeChoice
 from onegraph.engine.assemble import assemble_engine
 from onegraph.engine.engine import Engine
 from onegraph.engine.kv_cache import LayerKV
@@ -24,14 +27,22 @@ from onegraph.engine.recorded_batches import RecordedBatches
 from onegraph.engine.text import Text
 from onegraph.explanation import Explanation
 from onegraph.garbage import collected_later
+from onegraph.ir.recording import RecordingPlan
 from onegraph.ir.target import Target
+from onegraph.log import get_logger
 from onegraph.models import BUILTIN_MODEL, LoadedModel, load_model
 from onegraph.op_kernels import OpKernels, install_op_kernels, op_kernels_begun
 from onegraph.store.lookup import Lookup
 from onegraph.targets import describe_target, resolve_device, target_for
 
+log = get_logger(__name__)
+
 WARM_UP_TOKENS = 16
 """Rows of the example that the model is captured on; any number would do, since sizes never reach the compiler."""
+
+WORTH_RECORDING = 8
+"""So often a batch has to come until it is recorded without having been asked for: a recording takes as long as it
+saves in about so many replays (`bench/results` has both)."""
 
 NOT_ASKED = OpKernels(True, "off", "not asked for", 0.0)
 
@@ -52,17 +63,22 @@ class Started:
     target: Target
     load_s: float
     compile_s: float
-    recorded: RecordedBatches | None = None
+    recording_plan: RecordingPlan | None = None
     """The batches that are recorded, or will be when they first come; None where none are."""
 
     def explain(self) -> Explanation:
         """How the model was compiled, for which device, and what its attention was lowered to."""
         explanation = self.compiled.explain()
+        plan, why_not = self.recording_plan, self.engine.unrecordable
+        if plan is not None:
+            plan = None if why_not is not None else replace(plan, traffic=self.engine.traffic or plan.traffic)
+        more = [] if why_not is None else [f"nothing is recorded: {why_not}"]
         return replace(
             explanation,
             device=describe_target(self.target),
-            notes=tuple(dict.fromkeys((*explanation.notes, *self.op_kernels.notes))),
-            uncovered=() if self.recorded is None else self.recorded.uncovered(self.limits.max_num_batched_tokens),
+            notes=tuple(dict.fromkeys((*explanation.notes, *self.op_kernels.notes, *more))),
+            recording_plan=plan,
+            uncovered=() if plan is None else plan.uncovered,
         )
 
 
@@ -97,29 +113,44 @@ def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
         compiled, engine = compiled_engine(config, model, layers, limits, target, progress, lookup=lookup, saved=saved)
         progress("attention kernel")
         op_kernels = NOT_ASKED if lookup is not None else install_op_kernels(target, store)
-        recorded = None if lookup is not None else _recorded_batches(compiled, limits)
-        if recorded is not None:
-            lazy = bool(compiled.explain().config["cudagraph_lazy"]["value"])
-            engine.record(recorded, lambda done, total: progress("record", f"{done} of {total} sizes"), lazy=lazy)
+        plan = None if lookup is not None else _record(compiled, engine, limits, progress)
     compile_s = time.perf_counter() - loaded
     return Started(
-        engine, model, compiled, op_kernels, limits, config, target, loaded - began, compile_s, recorded=recorded
+        engine, model, compiled, op_kernels, limits, config, target, loaded - began, compile_s, recording_plan=plan
     )
 
 
-def _recorded_batches(compiled: CompiledModel, limits: Limits) -> RecordedBatches | None:
-    """What of the engine's batches is recorded; None where nothing is. Raises ConfigError for sizes that can't be."""
-    settings = {name: one["value"] for name, one in compiled.explain().config.items()}
-    mode = CUDAGraphMode[settings["cudagraph_mode"]]
+def _record(compiled: CompiledModel, engine: Engine, limits: Limits, progress: Progress) -> RecordingPlan | None:
+    """Plans which batches are recorded, tells, and records them; None where nothing is recorded.
+
+    Raises ConfigError for sizes that can't be, and RecordingError for what can't be recorded, where it was asked for.
+    """
+    settings = compiled.explain().config
+    mode = CUDAGraphMode[settings["cudagraph_mode"]["value"]]
     if mode is CUDAGraphMode.NONE:
         return None
-    return RecordedBatches.planned(
+    choice, lazy = SizeChoice.of(settings), settings["cudagraph_lazy"]
+    lazily_at = None if not lazy["value"] else 1 if is_asked(lazy["why"]) else WORTH_RECORDING
+    planned = functools.partial(
+        RecordedBatches.planned,
         mode,
-        settings["cudagraph_capture_sizes"],
         max_num_tokens=limits.max_num_batched_tokens,
         max_num_seqs=limits.max_num_seqs,
         max_blocks=limits.max_blocks_per_seq,
     )
+    batches, first = planned(replace(choice, budget_bytes=None)), None
+    if choice.needs_estimate or lazily_at is None:
+        first = engine.record_largest(batches)
+        batches = planned(choice, bytes_per_row=first.bytes_per_row)
+    plan = batches.plan(choice, lazily_at=lazily_at, first=first, max_num_tokens=limits.max_num_batched_tokens)
+    log.info("recordings: %s", "; ".join(plan.lines()))
+    engine.record(
+        batches,
+        lambda done, total: progress("record", f"{done} of {total} sizes"),
+        lazily_at=lazily_at,
+        if_it_can=not is_asked(settings["cudagraph_mode"]["why"]),
+    )
+    return plan
 
 
 def layers_of(model: LoadedModel) -> list[LayerKV]:

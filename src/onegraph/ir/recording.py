@@ -6,9 +6,10 @@ the host (Python, `.item()`, a branch on a value) isn't run again, and a tensor 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from onegraph.config.compilation import CUDAGraphMode
@@ -30,8 +31,8 @@ class RecordedStep:
 class RecordedSize:
     """A recording of a compiled graph, for people.
 
-    `num_tokens` is the size of the first declared dim; `num_bytes` are the recording's own; `unrecorded` are pieces
-    that run as ever, and why.
+    `num_tokens` is the size of the first declared dim; `num_bytes` is what the recording added to the memory of those
+    before it, which it shares; `unrecorded` are pieces that run as ever, and why.
     """
 
     num_tokens: int | None
@@ -40,6 +41,10 @@ class RecordedSize:
     num_bytes: int
     seconds: float
     unrecorded: Mapping[int, str]
+
+    @property
+    def bytes_per_row(self) -> float:
+        return self.num_bytes / (self.num_tokens or 1)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -70,13 +75,103 @@ class Uncovered:
 
 def uncovered(recorded: Iterable[RecordedSize], dim: DynamicDim) -> tuple[Uncovered, ...]:
     """The sizes of the first dim between those that are recorded."""
-    sizes = {one.num_tokens for one in recorded if one.num_tokens is not None}
+    return between((one.num_tokens for one in recorded if one.num_tokens is not None), dim)
+
+
+def between(recorded: Iterable[int], dim: DynamicDim) -> tuple[Uncovered, ...]:
+    """As `uncovered`, of sizes."""
+    sizes = set(recorded)
     edges = [dim.min - 1, *sorted(sizes), dim.max + 1]
     return tuple(
         Uncovered(before + 1, after - 1, "no recording of this size")
         for before, after in itertools.pairwise(edges)
         if after - before > 1
     )
+
+
+@dataclass(frozen=True)
+class RecordingPlan:
+    """What will be recorded, before it is.
+
+    `sizes` are those of each mode, `chosen` says how they came about. With `lazily_at` each is recorded when it comes
+    for so many times. `first` is the recording of the largest, which is made first, and tells what others will cost.
+    `traffic` are calls by size, if any are known.
+    """
+
+    sizes: Mapping[CUDAGraphMode, tuple[int, ...]]
+    chosen: str
+    lazily_at: int | None
+    first: RecordedSize | None = None
+    uncovered: tuple[Uncovered, ...] = ()
+    traffic: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int | None:
+        """About as much as all recordings hold, or less, since they share memory."""
+        if self.first is None:
+            return None
+        return int(sum(sum(sizes) for sizes in self.sizes.values()) * self.first.bytes_per_row)
+
+    @property
+    def seconds(self) -> float | None:
+        """About as long as recording takes, or less, since smaller calls are faster."""
+        if self.first is None:
+            return None
+        return sum(len(sizes) for sizes in self.sizes.values()) * self.first.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "sizes": {mode.name: list(sizes) for mode, sizes in self.sizes.items()},
+            "chosen": self.chosen,
+            "lazily_at": self.lazily_at,
+            "expected_bytes": self.num_bytes,
+            "expected_seconds": None if self.seconds is None else round(self.seconds, 3),
+            "padding": {mode.name: self._padding(sizes) for mode, sizes in self.sizes.items() if sizes},
+            "uncovered": [one.to_dict() for one in self.uncovered],
+            "traffic": {str(size): count for size, count in sorted(self.traffic.items())},
+        }
+
+    def _padding(self, sizes: tuple[int, ...]) -> dict[str, Any]:
+        share, size, padded = most_padding(sizes)
+        of_traffic = padding_of(self.traffic, sizes) if self.traffic else None
+        return {"most": round(share, 3), "at": size, "runs_as": padded, "of_traffic": of_traffic}
+
+    def lines(self) -> list[str]:
+        """A line for each mode, and one for each kind of call that isn't covered."""
+        found = []
+        for mode, sizes in self.sizes.items():
+            if not sizes:
+                continue
+            padding = self._padding(sizes)
+            told = f"{mode.name} at {', '.join(map(str, sizes))} ({self.chosen})"
+            if padding["at"] < padding["runs_as"]:
+                told += f"; at most {padding['most']:.0%} padding: {padding['at']} runs as {padding['runs_as']}"
+            if padding["of_traffic"] is not None:
+                told += f", {padding['of_traffic']:.1%} with this traffic"
+            found.append(told)
+        if self.lazily_at is not None:
+            time = "first comes" if self.lazily_at == 1 else f"comes for the {self.lazily_at}th time"
+            found.append(f"each size when it {time}")
+        if self.num_bytes is not None and self.seconds is not None:
+            found.append(f"at most about {self.num_bytes / 2**20:.1f} MiB and {self.seconds:.1f} s")
+        return [*found, *(f"not recorded: {one}" for one in self.uncovered)]
+
+
+def most_padding(sizes: Sequence[int]) -> tuple[float, int, int]:
+    """The largest share of padding in a call below the largest size: the share, the call's size, and the padded one."""
+    gaps = itertools.pairwise((0, *sorted(sizes)))
+    return max(((upto - after - 1) / upto, after + 1, upto) for after, upto in gaps)
+
+
+def padding_of(traffic: Mapping[int, int], sizes: Sequence[int]) -> float:
+    """The share of padding in all rows that calls of this traffic run with, at these recorded sizes."""
+    ordered = sorted(sizes)
+    rows = padded = 0
+    for size, count in traffic.items():
+        place = bisect.bisect_left(ordered, size)
+        upto = ordered[place] if place < len(ordered) else size
+        rows, padded = rows + count * upto, padded + count * (upto - size)
+    return padded / rows if rows else 0.0
 
 
 def recorded_lines(recorded: Sequence[RecordedSize]) -> list[str]:

@@ -193,6 +193,11 @@ class Block:
         """As `pieces`, in their places from the first call on."""
         return self._bind(region, sizes).pieces
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes now, for all sizes together."""
+        return 0 if self._storage is None else int(self._storage.nbytes())
+
     def poison(self) -> None:
         """Overwrites the memory with bytes that are no number in any floating-point dtype."""
         if self._storage is not None:

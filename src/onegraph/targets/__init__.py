@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from onegraph.config.compilation import CUDAGraphMode
@@ -119,10 +120,18 @@ def _described(facts: Mapping[str, Any]) -> str:
     return f"CPU, {facts['isa']}{march}, {facts['threads']} threads"
 
 
-def device_rules(device_type: str) -> DeviceRules:
-    """What configuration may ask for on a torch device type."""
-    return DeviceRules(
+def device_rules(device_type: str, *, batches: bool = False) -> DeviceRules:
+    """What configuration may ask for on a torch device type.
+
+    `batches` says that an engine calls, which pads its batches and owns their memory: then batches are recorded that
+    run faster so, without being asked for. `bench/results` has the measurements.
+    """
+    rules = DeviceRules(
         device=device_type,
         cudagraph_modes=frozenset(CUDAGraphMode),
         default_cudagraph_mode=CUDAGraphMode.NONE,
     )
+    if batches and device_type == "cpu":
+        sizes = tuple(range(1, 17))  # each as it is: padding would cost more than it saves
+        return replace(rules, default_cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY, default_capture_sizes=sizes)
+    return rules

@@ -64,7 +64,9 @@ def test_a_switch_needs_no_value_and_takes_one() -> None:
 
 @given(st.sampled_from(sorted(FIELDS)))
 def test_dashes_and_underscores_are_equal(name: str) -> None:
-    value = {"bool": "true", "int": "1", "dict": "{}", "mode": "0", "cudagraph_mode": "FULL"}.get(FIELDS[name].kind)
+    value = {"bool": "true", "int": "1", "dict": "{}", "counts": "{}", "mode": "0", "cudagraph_mode": "FULL"}.get(
+        FIELDS[name].kind
+    )
     text = value or (FIELDS[name].choices[0] if FIELDS[name].choices else "[]")
     assert fields_of(f"-O.{name}={text}") == fields_of(f"-O.{name.replace('_', '-')}={text}")
 

@@ -20,6 +20,7 @@ VALUES = {
     "cudagraph_mode": st.sampled_from([m.name for m in CUDAGraphMode]),
     "ints": SIZES,
     "sizes": st.lists(st.integers(0, 10**6) | st.just("cudagraph_capture_sizes"), max_size=4),
+    "counts": st.dictionaries(st.integers(1, 99).map(str), st.integers(0, 99), max_size=2),
     "ranges": st.lists(st.tuples(st.integers(0, 99), st.integers(100, 999)).map(list), max_size=3),
     "strs": st.lists(st.sampled_from(["onegraph::paged_attention", "a:B"]), max_size=2),
     "dict": st.dictionaries(st.sampled_from(["max_autotune", "cpp.threads"]), st.booleans() | st.integers(0, 8)),

@@ -87,6 +87,27 @@ def test_the_default_is_level_2() -> None:
     assert config.why["mode"] == "level -O2 (default)"
 
 
+def test_what_goes_with_recordings_that_nobody_asked_for() -> None:
+    """They are made when they are needed and anew where memory moves; what was asked for stands."""
+    few = replace(RECORDING, default_capture_sizes=(1, 2))
+    config = resolved(rules=few)
+    assert (config.cudagraph_capture_sizes, config.cudagraph_lazy, config.on_memory_change) == (
+        (1, 2),
+        True,
+        "rerecord",
+    )
+    assert {config.why[name] for name in ("cudagraph_capture_sizes", "cudagraph_lazy")} == {
+        config.why["cudagraph_mode"]
+    }
+    config = resolved({"cudagraph_lazy": False, "cudagraph_traffic": {"3": 1}}, rules=few)
+    assert (config.cudagraph_capture_sizes, config.cudagraph_lazy) == ((), False)
+    config = resolved({"cudagraph_mode": "FULL"}, rules=few)
+    assert (config.cudagraph_capture_sizes, config.cudagraph_lazy, config.on_memory_change) == ((), False, "error")
+    for fields in ({"backend": "eager"}, {"mode": "STOCK_TORCH_COMPILE"}, {"mode": 0}):
+        assert resolved(fields, rules=few).cudagraph_mode is CUDAGraphMode.NONE
+    assert not resolved(rules=RECORDING).cudagraph_lazy, "all sizes are recorded at the start"
+
+
 def test_levels_below_2_record_nothing() -> None:
     assert resolved(1, rules=RECORDING).cudagraph_mode is CUDAGraphMode.NONE
     assert resolved(2, rules=RECORDING).cudagraph_mode is CUDAGraphMode.FULL_AND_PIECEWISE
@@ -176,6 +197,8 @@ def test_what_says_the_same_is_no_contradiction() -> None:
 
 OF_RECORDINGS: list[dict[str, Any]] = [
     {"cudagraph_capture_sizes": [1, 2]},
+    {"cudagraph_traffic": {"1": 2}},
+    {"cudagraph_memory_mib": 64},
     {"cudagraph_check": "always"},
     {"cudagraph_lazy": True},
     {"cudagraph_debug": True},

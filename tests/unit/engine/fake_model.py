@@ -55,8 +55,9 @@ class FakeModel:
     def warm_up(self, example_kwargs: dict[str, Any], /) -> None:
         self.warm = example_kwargs
 
-    def check_state(self) -> None:
+    def check_state(self) -> bool:
         self.num_state_checks += 1
+        return True
 
     def demote(self, error: BaseException) -> bool:
         return False
