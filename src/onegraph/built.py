@@ -34,7 +34,8 @@ class SizedCall:
 
 
 Planned = Callable[
-    [tuple[Any, ...], dict[str, Any], Callable[[SizedCall], RecordedSize]], tuple[RecordingPlan, Iterator[SizedCall]]
+    [tuple[Any, ...], dict[str, Any], Callable[[SizedCall], RecordedSize | None]],
+    tuple[RecordingPlan, Iterator[SizedCall]],
 ]
 
 

@@ -109,24 +109,18 @@ class CompiledModel:
             for recordings in built.recordings:
                 recordings.drop(size, built.recorded_as)
 
-    def _record_in_slots(self, built: Built, call: SizedCall) -> RecordedSize:
+    def _record_in_slots(self, built: Built, call: SizedCall) -> RecordedSize | None:
         """Records the call in the memory of `slots`, where it has declared dims; or tells of what is recorded."""
-
-        def found() -> RecordedSize | None:
-            every = (size for one in built.recordings for size in one.recorded())
-            return next(
-                (one for one in every if (one.num_tokens or 0, one.mode) == (call.size, built.recorded_as)), None
-            )
-
-        if (known := found()) is not None:
-            return known
+        before = [size for one in built.recordings for size in one.recorded()]
+        for known in before:
+            if (known.num_tokens or 0, known.mode) == (call.size, built.recorded_as):
+                return known
         slots = self.slots(call.size) if call.tensors else {}
         replaced = {id(tensor): slots[path].copy_(tensor) for path, tensor in call.tensors.items()}
         args, kwargs = tree_map(lambda value: replaced.get(id(value), value), (call.args, call.kwargs))
         self._recorded(built, built.recorded_as, args, kwargs, restores=True, copies=not slots)
-        made = found()
-        assert made is not None
-        return made
+        after = (size for one in built.recordings for size in one.recorded())
+        return next((size for size in after if not any(size is one for one in before)), None)
 
     def _recorded(
         self, built: Built, mode: CUDAGraphMode, args: tuple[Any, ...], kwargs: dict[str, Any], **how: bool
@@ -170,8 +164,8 @@ class CompiledModel:
         with self._building:
             return self._recorded(self._recordable(args, kwargs), mode, args, kwargs)
 
-    def drop_recording(self, size: int, recorded_as: CUDAGraphMode) -> None:
-        """Drops what `record` made for this size of the first dim."""
+    def drop_recording(self, size: int | None, recorded_as: CUDAGraphMode) -> None:
+        """Drops what `record` made for this size of the first dim; None where there is none."""
         with self._building:
             for recordings in self._current.recordings if self._current is not None else ():
                 recordings.drop(size, recorded_as)

@@ -44,7 +44,7 @@ def recorded_ahead(module: Any, built: Built, dynamic_shapes: Any, resolved: Res
         return {}
 
     def planned(
-        args: tuple[Any, ...], kwargs: dict[str, Any], record: Callable[[SizedCall], RecordedSize]
+        args: tuple[Any, ...], kwargs: dict[str, Any], record: Callable[[SizedCall], RecordedSize | None]
     ) -> tuple[RecordingPlan, Iterator[SizedCall]]:
         from onegraph.size_check import sized_calls  # this, and what it needs, is rarely used
 
@@ -57,7 +57,7 @@ def recorded_ahead(module: Any, built: Built, dynamic_shapes: Any, resolved: Res
         candidates = replace(choice, budget_bytes=None).sizes(dims[0].min, dims[0].max)
         (largest,) = calls(sizes=candidates[-1:])
         first = record(largest)
-        chosen = choice.sizes(dims[0].min, dims[0].max, first.bytes_per_row)
+        chosen = choice.sizes(dims[0].min, dims[0].max, 0.0 if first is None else first.bytes_per_row)
         plan = RecordingPlan({mode: chosen}, str(choice), None, first, between(chosen, dims[0]), choice.traffic)
         return plan, calls(sizes=chosen)
 

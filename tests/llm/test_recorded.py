@@ -164,8 +164,7 @@ def test_small_decode_batches_are_recorded_by_default(model_folder: Path, plain:
     planned = explained["plan"]["planned"]
     assert planned["sizes"] == {"FULL": [1, 2, 3, 4, 5, 6, 7, 8]} and planned["lazily_at"] == WORTH_RECORDING
     assert explained["plan"]["sizes"] == []
-    assert "records   FULL at 1, 2, 3, 4, 5, 6, 7, 8 (by default)\n" in llm.summary()
-    assert f"records   each size when it comes for the {WORTH_RECORDING}th time" in llm.summary()
+    assert f"records   FULL at 1..8 (by default), each when it comes for the {WORTH_RECORDING}th time" in llm.summary()
     for number in (5, 10):
         recordings = {"recordings:FULL": int(number == 10), "replays:FULL": max(number - WORTH_RECORDING + 1, 0)}
         with counters.expect(**recordings, **{"batches:FULL:padded": 0}):
@@ -190,6 +189,26 @@ def test_what_cant_be_recorded_is_an_error_where_it_was_asked_for_alone(
     assert explained.to_dict()["plan"]["planned"] is None
     with pytest.raises(RecordingError, match="planted"):
         recorded(model_folder, "FULL_DECODE_ONLY")
+
+
+def test_what_can_t_be_recorded_again_runs_as_ever(
+    model_folder: Path, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory moves under a recording that nobody asked for, and then nothing can be recorded."""
+    llm = LLM(str(model_folder), **LIMITS)
+    for _ in range(2):
+        tokens(llm)
+    module = llm.engine._runner._model.original
+    name, weight = next(iter(module.named_parameters()))
+    weight.data = weight.data.clone()
+
+    def refuses(*_: Any) -> Any:
+        raise NotRecordableError("unsafe_op", "planted", "can't be recorded")
+
+    monkeypatch.setattr(TapeRecorder, "record", refuses)
+    with counters.expect(**{"engines_without_recordings": 1, "replays:FULL": 0}):
+        assert tokens(llm) == tokens(plain), name
+    assert any("planted" in note for note in llm.explain().notes)
 
 
 def test_sizes_are_chosen_for_traffic_and_memory(model_folder: Path) -> None:

@@ -365,8 +365,8 @@ def of_a_live_server(words: list[str]) -> Any:
 @pytest.mark.parametrize(("name", "value"), REFUSED_AT_O1)
 def test_serve_refuses_what_can_not_be_honoured(name: str, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        in_python({name: value})
-    assert main(["serve", "--port=0", f"-O.{name}={json.dumps(value)}"]) == 2
+        in_python({"level": 1, name: value})
+    assert main(["serve", "--port=0", "-O1", f"-O.{name}={json.dumps(value)}"]) == 2
     shown = capsys.readouterr()
     assert str(caught.value) in shown.err and shown.out == ""
 

@@ -123,6 +123,7 @@ def test_a_plan_tells_before_anything_is_recorded() -> None:
     assert told["expected_bytes"] == 15 * 2**20 and told["expected_seconds"] == 1.2
     assert told["padding"]["FULL"] == {"most": 0.375, "at": 5, "runs_as": 8, "of_traffic": 0.375}
     lazy = RecordingPlan({FULL: (1,)}, "by default", 1)
-    assert lazy.lines() == ["FULL at 1 (by default)", "each size when it first comes"]
-    assert RecordingPlan({}, "by default", 8).lines() == ["each size when it comes for the 8th time"]
+    assert lazy.lines() == ["FULL at 1 (by default), each when it first comes"]
+    lazy = RecordingPlan({FULL: (1, 2, 3, 8, 9)}, "by default", 8)
+    assert lazy.lines()[0].startswith("FULL at 1..3, 8, 9 (by default), each when it comes for the 8th time; at most")
     assert lazy.to_dict()["expected_bytes"] is None

@@ -157,7 +157,7 @@ class Recordings:
         """
         self._lazy = dict.fromkeys(sizes, mode)
 
-    def drop(self, size: int, mode: CUDAGraphMode) -> None:
+    def drop(self, size: int | None, mode: CUDAGraphMode) -> None:
         """Drops the recordings of this mode and size of the first dim."""
         with self._lock:
             recorded = self._full if mode is FULL else self._piecewise

@@ -59,7 +59,7 @@ class Model(Protocol):
     def record(self, inputs: dict[str, Any], /, *, recorded_as: CUDAGraphMode) -> Any:
         """Runs this very call, and records it."""
 
-    def drop_recording(self, size: int, recorded_as: CUDAGraphMode) -> None:
+    def drop_recording(self, size: int | None, recorded_as: CUDAGraphMode) -> None:
         """Drops what was recorded."""
 
     @property
@@ -189,6 +189,8 @@ class Runner:
     def _record_nothing(self, why: str) -> None:
         """From now on no batch is padded, and none replayed."""
         log.info("nothing is recorded: %s", why)
+        for one in self._model.explain().recorded:
+            self._model.drop_recording(one.num_tokens, one.mode)
         counters.add("engines_without_recordings")
         self.unrecordable, self._recorded = why, None
         self._dispatcher = Dispatcher(CUDAGraphMode.NONE, (), (), why_off="not_recordable")
@@ -304,6 +306,11 @@ class Runner:
             counters.add(f"eager_batches:{error.code}")
             log.warning("a batch ran uncompiled: %s", error.message)
             return self._model.original(**inputs)
+        except RecordingError as error:
+            if not self._records_if_it_can or self._recorded is None:
+                raise
+            self._record_nothing(error.message)
+            return self._forward(inputs)
         except Exception as error:
             if not self._model.demote(error):
                 raise

@@ -40,7 +40,7 @@ def summarise(started: Started) -> str:
     lines.append(f"off       {', '.join(name.split(' (')[0] for name, is_on in on.items() if not is_on) or 'nothing'}")
     plan = explanation.recording_plan
     if plan is not None and plan.lazily_at is not None:
-        lines += [f"records   {line}" for line in plan.lines()[:2]]
+        lines.append(f"records   {plan.lines()[0]}")
     lines += [f"recorded  {line}" for line in recorded_lines(explanation.recorded)]
     lines += [f"note      {note}" for note in (*limits.downgrades, *explanation.notes)]
     return "\n".join(lines)

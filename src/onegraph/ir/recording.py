@@ -143,18 +143,29 @@ class RecordingPlan:
             if not sizes:
                 continue
             padding = self._padding(sizes)
-            told = f"{mode.name} at {', '.join(map(str, sizes))} ({self.chosen})"
+            told = f"{mode.name} at {_told(sizes)} ({self.chosen})"
+            if self.lazily_at is not None:
+                time = "first comes" if self.lazily_at == 1 else f"comes for the {self.lazily_at}th time"
+                told += f", each when it {time}"
             if padding["at"] < padding["runs_as"]:
                 told += f"; at most {padding['most']:.0%} padding: {padding['at']} runs as {padding['runs_as']}"
             if padding["of_traffic"] is not None:
                 told += f", {padding['of_traffic']:.1%} with this traffic"
             found.append(told)
-        if self.lazily_at is not None:
-            time = "first comes" if self.lazily_at == 1 else f"comes for the {self.lazily_at}th time"
-            found.append(f"each size when it {time}")
         if self.num_bytes is not None and self.seconds is not None:
             found.append(f"at most about {self.num_bytes / 2**20:.1f} MiB and {self.seconds:.1f} s")
         return [*found, *(f"not recorded: {one}" for one in self.uncovered)]
+
+
+def _told(sizes: Sequence[int]) -> str:
+    """The sizes, `1..16` for those that follow one another."""
+    runs: list[list[int]] = []
+    for size in sorted(sizes):
+        if runs and size == runs[-1][-1] + 1:
+            runs[-1].append(size)
+        else:
+            runs.append([size])
+    return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def most_padding(sizes: Sequence[int]) -> tuple[float, int, int]:
@@ -179,7 +190,7 @@ def recorded_lines(recorded: Sequence[RecordedSize]) -> list[str]:
     lines = []
     for mode in dict.fromkeys(one.mode for one in recorded):
         ours = [one for one in recorded if one.mode is mode]
-        sizes = ", ".join(str(one.num_tokens) for one in ours if one.num_tokens is not None)
+        sizes = _told([one.num_tokens for one in ours if one.num_tokens is not None])
         num_bytes, seconds = sum(one.num_bytes for one in ours), sum(one.seconds for one in ours)
         lines.append(
             f"{mode.name}{f' at {sizes}' if sizes else ''}: {max(one.num_steps for one in ours)} steps, "
