@@ -27,6 +27,7 @@ KINDS = {
     "ranges": "list of endpoints or pairs",
     "strs": "list of names",
     "dict": "object",
+    "policies": "object",
 }
 HEAD = "<!-- Written by tools/generate_docs.py; edit the code, then run it. -->\n"
 

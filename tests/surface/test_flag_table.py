@@ -66,6 +66,7 @@ ACCEPTED: list[tuple[str, Any]] = [
     ("cudagraph_check", "first"),
     ("cudagraph_lazy", False),
     ("cudagraph_debug", False),
+    ("cudagraph_padding", {}),
     ("on_memory_change", "error"),
     ("dynamic_shapes", "unbacked"),
     ("dynamic_shapes", "backed"),
@@ -91,6 +92,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("cudagraph_check", "always"),
     ("cudagraph_lazy", True),
     ("cudagraph_debug", True),
+    ("cudagraph_padding", {"x": "zero", "slots": -1}),
     ("on_memory_change", "rerecord"),
 ]
 UNCOMPILED = {"dynamo_compiles": 0, "graphs_captured": 0, "aot_compiles": 0, "inductor_compiles": 0, "gxx_runs": 0}

@@ -80,6 +80,8 @@ REFUSED = [
     (["-O.on_memory_change=rerecord"], "nothing is recorded"),
     (["-O.cudagraph_lazy"], "nothing is recorded"),
     (["-O.cudagraph_debug"], "nothing is recorded"),
+    (["-O.cudagraph_padding.x=zero"], "nothing is recorded"),
+    (["-O.cudagraph_mode=FULL", "-O.cudagraph_padding.x=zeros"], "did you mean 'zero'"),
     (["-O.mode=0", "-O.cudagraph_mode=FULL"], "captures no graph"),
     (["--enforce-eager", "-O.cudagraph_mode=PIECEWISE"], "contradicts"),
     (["--tensor-parallel-size=2"], "one device"),
