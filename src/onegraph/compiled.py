@@ -21,10 +21,10 @@ import torch
 from onegraph.config.compilation import CUDAGraphMode, checked
 from onegraph.counters import counters
 from onegraph.cudagraph.recordings import Recordings
+from onegraph.cudagraph.shown import shown
 from onegraph.errors import ConfigError, StateChangedError
 from onegraph.explanation import Explanation
 from onegraph.ir.ledger import StateEntry
-from onegraph.ir.recording import uncovered
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck, check_call
 from onegraph.torch_compat.pytree import tree_map
@@ -314,15 +314,7 @@ class CompiledModel:
         built = self._current or (self._traces[-1] if self._traces else None)
         explanation = self._unbuilt() if built is None else built.explanation
         recordings = () if built is None else built.recordings
-        recorded = tuple(size for one in recordings for size in one.recorded())
-        memory = dict.fromkeys(use for one in recordings for use in one.memory())
-        return replace(
-            explanation,
-            checks=self._checks,
-            recorded=recorded,
-            uncovered=uncovered(recorded, explanation.dims[0]) if recordings and explanation.dims else (),
-            recorded_memory=tuple(use.to_dict() for use in memory),
-        )
+        return replace(explanation, checks=self._checks, **shown(recordings, explanation.dims))
 
     def _ensure_built(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
         """The trace whose state holds now, made if there is none; the module itself after too many."""
