@@ -167,6 +167,7 @@ class Runner:
             counters.add(f"batches:{decision.mode.name}:{decision.reason}")
             if decision.mode is not CUDAGraphMode.NONE:
                 arrays = self._recorded.padded(arrays, decision)
+                counters.add(f"padding_rows:{decision.mode.name}", decision.size - len(token_ids))
                 self._record_first(decision)
         with torch.inference_mode():
             logits = self._forward(self._inputs(**arrays))

@@ -20,7 +20,7 @@ from onegraph.engine.engine import Engine
 from onegraph.engine.kv_cache import LayerKV
 from onegraph.engine.limits import Limits, resolve_limits
 from onegraph.engine.progress import Progress, bar
-from onegraph.engine.recorded_batches import RecordedBatches
+from onegraph.engine.recorded_batches import RecordedBatches, shown_padding
 from onegraph.engine.text import Text
 from onegraph.explanation import Explanation
 from onegraph.garbage import collected_later
@@ -58,9 +58,12 @@ class Started:
     def explain(self) -> Explanation:
         """How the model was compiled, for which device, and what its attention was lowered to."""
         explanation = self.compiled.explain()
+        inputs, padded = shown_padding(explanation.recorded_inputs, explanation.recorded)
         return replace(
             explanation,
             device=describe_target(self.target),
+            recorded_inputs=inputs,
+            padded=padded,
             notes=tuple(dict.fromkeys((*explanation.notes, *self.op_kernels.notes))),
             uncovered=() if self.recorded is None else self.recorded.uncovered(self.limits.max_num_batched_tokens),
         )
