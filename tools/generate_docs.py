@@ -28,6 +28,7 @@ KINDS = {
     "strs": "list of names",
     "counts": "object of sizes and numbers",
     "dict": "object",
+    "policies": "object",
 }
 HEAD = "<!-- Written by tools/generate_docs.py; edit the code, then run it. -->\n"
 

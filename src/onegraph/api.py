@@ -120,6 +120,13 @@ def compiled_model(
             where="artifact",
             hint="leave the mode, -O0 or enforce_eager out, or the artifact",
         )
+    if records_by_hand and resolved.cudagraph_padding:
+        raise ConfigError(
+            f"cudagraph_padding ({resolved.why['cudagraph_padding']}) is for library calls: an engine knows what its "
+            "padding has to be",
+            where="configuration",
+            hint="leave it out",
+        )
     _check_inductor_options(resolved)
     _check_passes(resolved)
     owned = WeightStore(_owner(module)) if own_weights else None
@@ -156,6 +163,8 @@ def compiled_model(
     def finished(built: Built) -> Built:
         """The build with what needs the module and the configuration; also after a piece of it has fallen back."""
         fallback = built.fallback
+        for recordings in built.recordings:
+            recordings.pad(resolved.cudagraph_padding, built.explanation.dims, built.slots)
 
         def check(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any], num_sizes: int) -> Iterator[SizeCheck]:
             from onegraph.size_check import check_sizes  # this, and what it needs, is rarely used

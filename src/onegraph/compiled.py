@@ -21,9 +21,10 @@ import torch
 from onegraph.built import Built, Changes, SizedCall
 from onegraph.config.compilation import CUDAGraphMode, checked
 from onegraph.counters import counters
+from onegraph.cudagraph.shown import shown
 from onegraph.errors import ConfigError, StateChangedError
 from onegraph.explanation import Explanation
-from onegraph.ir.recording import RecordedSize, RecordingPlan, uncovered
+from onegraph.ir.recording import RecordedSize, RecordingPlan
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck, check_call
 from onegraph.torch_compat.pytree import tree_map
@@ -294,16 +295,8 @@ class CompiledModel:
         built = self._current or (self._traces[-1] if self._traces else None)
         explanation = self._unbuilt() if built is None else built.explanation
         recordings = () if built is None else built.recordings
-        recorded = tuple(size for one in recordings for size in one.recorded())
-        memory = dict.fromkeys(use for one in recordings for use in one.memory())
-        return replace(
-            explanation,
-            checks=self._checks,
-            recorded=recorded,
-            recording_plan=self._recording_plan,
-            uncovered=uncovered(recorded, explanation.dims[0]) if recordings and explanation.dims else (),
-            recorded_memory=tuple(use.to_dict() for use in memory),
-        )
+        told = shown(recordings, explanation.dims)
+        return replace(explanation, checks=self._checks, recording_plan=self._recording_plan, **told)
 
     def _ensure_built(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
         """The trace whose state holds now, made if there is none; the module itself after too many."""

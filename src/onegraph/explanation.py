@@ -11,6 +11,7 @@ from onegraph.ir.autotune import TunedChoice
 from onegraph.ir.custom_op import CustomOp
 from onegraph.ir.dims import DynamicDim
 from onegraph.ir.ledger import Ledger
+from onegraph.ir.padding import PaddedSizes, StepInput, padding_lines
 from onegraph.ir.passes import NearMiss, PassRun
 from onegraph.ir.plan import BufferPlan
 from onegraph.ir.recording import RecordedSize, RecordingPlan, Uncovered, recorded_lines
@@ -172,6 +173,10 @@ class Explanation:
     """What was to be recorded, or will be when it first comes."""
     uncovered: tuple[Uncovered, ...] = ()
     """Sizes at which calls run without a recording."""
+    padded: tuple[PaddedSizes, ...] = ()
+    """Sizes at which calls run at a recorded one."""
+    recorded_inputs: tuple[StepInput, ...] = ()
+    """What each call fills: the inputs that recordings have buffers for."""
     recorded_memory: tuple[Mapping[str, Any], ...] = ()
     """The memory of others that the recordings rely on: name, owner, address, bytes."""
     pending: tuple[str, ...] = ()
@@ -241,6 +246,8 @@ class Explanation:
             "planned": None if self.recording_plan is None else self.recording_plan.to_dict(),
             "sizes": [one.to_dict() for one in self.recorded],
             "uncovered": [one.to_dict() for one in self.uncovered],
+            "padded": [one.to_dict() for one in self.padded],
+            "buffers": [one.to_dict() for one in self.recorded_inputs],
             "memory": [dict(use) for use in self.recorded_memory],
         }
 
@@ -280,6 +287,7 @@ class Explanation:
         if self.recording_plan is not None:
             lines += [f"records  {line}" for line in self.recording_plan.lines()]
         lines += [f"recorded {line}" for line in recorded_lines(self.recorded)]
+        lines += [f"  padded: {line}" for line in padding_lines(self.padded, self.recorded_inputs)]
         if self.recording_plan is None:
             lines += [f"  not recorded: {one}" for one in self.uncovered if self.recorded]
         chosen = [(name, item) for name, item in self.config.items() if item["why"] != "default"]

@@ -62,7 +62,7 @@ _OF_NO_EFFECT = frozenset(
     {
         *("compile_cache_save_format", "on_state_change", "on_memory_change", "cudagraph_mode"),
         *("cudagraph_capture_sizes", "cudagraph_check", "cudagraph_lazy", "cudagraph_debug"),
-        *("cudagraph_traffic", "cudagraph_memory_mib"),
+        *("cudagraph_traffic", "cudagraph_memory_mib", "cudagraph_padding"),
     }
 )
 """Fields that change nothing of what is built."""

@@ -12,6 +12,7 @@ import torch
 
 from onegraph import LLM, SamplingParams
 from onegraph.counters import counters
+from onegraph.engine.recorded_batches import PADDING
 from onegraph.engine.runner import Runner, StepLogits
 from onegraph.engine.startup import WORTH_RECORDING
 from onegraph.errors import ConfigError, RecordingError
@@ -107,6 +108,65 @@ def test_padding_is_written_nowhere_and_read_nowhere(model_folder: Path) -> None
     assert got == want
     written = {int(block) for block in caches[0][0].isfinite().flatten(1).any(1).nonzero()}
     assert len(written) == 2
+
+
+@pytest.mark.parametrize("mode", ["FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"])
+def test_what_lies_in_the_buffers_reaches_nothing(
+    mode: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each step the rest of the input buffers has token ids that there aren't, and slots of blocks in use."""
+    llm = recorded(model_folder, mode, cudagraph_capture_sizes=[8])
+    runner, caches = llm.engine._runner, [cache for pair in llm.engine._runner._kv_caches for cache in pair]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    prompts = [{"prompt_token_ids": [5, 6, 7]}, {"prompt_token_ids": [9]}, {"prompt_token_ids": list(range(30))}]
+    want = [one.outputs[0].token_ids for one in llm.generate(prompts, params, use_tqdm=False)]
+    llm.engine.reset()
+    run, steps = Runner.run, 0
+
+    def poisoned(self: Runner, batch: Any) -> StepLogits:
+        nonlocal steps
+        numbers = {"_input_ids": 10**6, "_positions": 10**6, "_seq_lens": 10**6, "_block_tables": 10**6}
+        with torch.inference_mode():
+            for name in ("_query_start_loc", "_logits_indices", *numbers):
+                getattr(self, name)._tensor.fill_(numbers.get(name, 10**6))
+            self._slot_mapping._tensor.copy_(torch.arange(len(self._slot_mapping._tensor)))
+            before = [cache.clone() for cache in caches]
+        found = run(self, batch)
+        size = runner._block_size
+        tables = {one.sequence.row: self._tables.array[one.sequence.row] for one in batch.scheduled}
+        written = {
+            int(tables[one.sequence.row][place // size]) * size + place % size
+            for one in batch.scheduled
+            for first in (one.sequence.num_computed_tokens,)
+            for place in range(first, first + one.num_new_tokens)
+        }
+        for cache, was in zip(caches, before, strict=True):
+            rows, old = (one.reshape(-1, *one.shape[2:]) for one in (cache, was))
+            changed = {int(row) for row in (rows != old).flatten(1).any(1).nonzero()}
+            assert changed <= written
+        steps += 1
+        return found
+
+    monkeypatch.setattr(Runner, "run", poisoned)
+    before = counters.snapshot().get("padding_rows:FULL", 0)
+    got = [one.outputs[0].token_ids for one in llm.generate(prompts, params, use_tqdm=False)]
+    assert got == want and steps >= 8
+    assert counters.snapshot()["padding_rows:FULL"] >= before + 5 * 6
+
+
+def test_each_input_has_a_policy_and_it_is_told(model_folder: Path) -> None:
+    plan = recorded(model_folder, "FULL_DECODE_ONLY").explain().to_dict()["plan"]
+    buffers = {one["name"]: one["padding"] for one in plan["buffers"]}
+    assert buffers == dict(PADDING)
+    assert {"range": [5, 7], "size": 8, "mode": "FULL", "share": 0.25} in plan["padded"]
+    plan = recorded(model_folder, "PIECEWISE", cudagraph_capture_sizes=[4]).explain().to_dict()["plan"]
+    buffers = {one["name"]: one["padding"] for one in plan["buffers"]}
+    assert buffers["slot_mapping"] == -1 and buffers["query_start_loc"] is None
+
+
+def test_an_engine_has_policies_of_its_own(model_folder: Path) -> None:
+    with counters.expect(graphs_captured=0), pytest.raises(ConfigError, match="is for library calls"):
+        recorded(model_folder, "FULL", cudagraph_padding={"input_ids": "zero"})
 
 
 def test_lazy_recordings_are_made_when_a_size_first_comes(model_folder: Path) -> None:

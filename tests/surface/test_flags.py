@@ -82,6 +82,8 @@ REFUSED = [
     (["-O1", "-O.cudagraph_debug"], "nothing is recorded"),
     (["-O.cudagraph_capture_sizes=[1]", "-O.cudagraph_memory_mib=8"], "is there to choose"),
     (['-O.cudagraph_traffic={"one": 1}'], "an object with sizes as keys"),
+    (["-O1", "-O.cudagraph_padding.x=zero"], "nothing is recorded"),
+    (["-O.cudagraph_mode=FULL", "-O.cudagraph_padding.x=zeros"], "did you mean 'zero'"),
     (["-O.mode=0", "-O.cudagraph_mode=FULL"], "captures no graph"),
     (["--enforce-eager", "-O.cudagraph_mode=PIECEWISE"], "contradicts"),
     (["--tensor-parallel-size=2"], "one device"),

@@ -74,6 +74,7 @@ def _other_values(name: str, info: FieldInfo, was: Any, dims: Sequence[DynamicDi
         "cudagraph_capture_sizes": [[some_size]],
         "cudagraph_traffic": [{str(some_size): 1}],
         "cudagraph_memory_mib": [1024],
+        "cudagraph_padding": [{place.rpartition("[")[0]: "zero" for place in dims[0].inputs}] if dims else [],
     }
     if name == "extra_passes":
         path = f"{LeaveAsIs.__module__}:{LeaveAsIs.__qualname__}"
@@ -91,7 +92,7 @@ def configured(given: Mapping[str, Any], variables: Mapping[str, str] | None = N
     def scope(call: BuildCall) -> Iterator[BuildCall]:
         with _in_environment(variables or {}):
             over = {
-                name: {**(getattr(call.given, name) or {}), **value} if FIELDS[name].kind == "dict" else value
+                name: {**(getattr(call.given, name) or {}), **value} if FIELDS[name].has_parts else value
                 for name, value in given.items()
             }
             asked = CompilationConfig.of({**call.given.given(), **over})

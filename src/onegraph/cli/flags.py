@@ -145,7 +145,7 @@ def _set(fields: dict[str, Any], path: str, text: str) -> None:
         raise ConfigError(f"CompilationConfig has no field {name!r}", where=f"-O.{path}", hint=nearest(name, FIELDS))
     value = _value(text)
     if keys:
-        if FIELDS[name].kind not in ("dict", "counts"):
+        if not FIELDS[name].has_parts:
             raise ConfigError(
                 f"{name} has no parts, and -O.{path} names one", where=f"-O.{path}", hint=f"-O.{name}=VALUE"
             )
@@ -156,7 +156,7 @@ def _set(fields: dict[str, Any], path: str, text: str) -> None:
 
 def _merge(fields: dict[str, Any], over: dict[str, Any]) -> None:
     for name, value in over.items():
-        fields[name] = {**fields.get(name, {}), **value} if isinstance(value, dict) else value
+        fields[name] = {**fields.get(name, {}), **value} if FIELDS[name].has_parts else value
 
 
 def _value(text: str) -> Any:

@@ -38,20 +38,28 @@ class CUDAGraphMode(enum.Enum):
 CAPTURE_SIZES = "cudagraph_capture_sizes"
 """Among `compile_sizes` it stands for the sizes that are recorded."""
 
+PADDING = ("keep", "zero", "last")
+"""What `cudagraph_padding` takes beside whole numbers."""
+
 
 @dataclass(frozen=True)
 class FieldInfo:
     """What is declared about a field.
 
     `kind` is how a value is read: `int`, `bool`, `str`, `choice`, `mode`, `cudagraph_mode`, `ints`, `sizes`,
-    `ranges`, `strs`, `counts` or `dict`. `affects` predicts what a change reaches: the `graph`, the `kernels`, or
-    `nothing` of what is compiled.
+    `ranges`, `strs`, `counts`, `policies` or `dict`. `affects` predicts what a change reaches: the `graph`, the
+    `kernels`, or `nothing` of what is compiled.
     """
 
     kind: str
     affects: str
     doc: str
     choices: tuple[str, ...] = ()
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether it is an object whose parts can be given one by one."""
+        return self.kind in ("dict", "counts", "policies")
 
 
 def _field(kind: str, affects: str, doc: str, choices: tuple[str, ...] = ()) -> Any:
@@ -110,6 +118,12 @@ class CompilationConfig:
     cudagraph_lazy: bool | None = _field("bool", "nothing", "record a size when it is first used")
     cudagraph_debug: bool | None = _field(
         "bool", "nothing", "compare each replay with the same call without the recording"
+    )
+    cudagraph_padding: Mapping[str, int | str] | None = _field(
+        "policies",
+        "nothing",
+        "by argument, what stands in the rows with which a call runs at the next recorded size: keep, zero, last, or a "
+        "number",
     )
     on_memory_change: str | None = _field(
         "choice", "nothing", "when memory that a recording reads has moved", ("error", "rerecord")
@@ -237,6 +251,8 @@ def checked(name: str, value: Any) -> Any:
         return _counts(name, value)
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise _wrong(name, value, "an object with names as keys")
+    if info.kind == "policies":
+        _refuse_other_padding(name, value)
     return dict(value)
 
 
@@ -246,6 +262,16 @@ def _counts(name: str, value: Any) -> dict[str, int]:
     if not isinstance(value, Mapping) or not all(size.isdecimal() and int(size) for size in sizes):
         raise _wrong(name, value, 'an object with sizes as keys, such as {"1": 900, "8": 100}')
     return {size: _whole(name, count, None) for size, count in zip(sizes, value.values(), strict=True)}
+
+
+def _refuse_other_padding(name: str, value: Mapping[str, Any]) -> None:
+    for path, policy in value.items():
+        is_number = isinstance(policy, int) and not isinstance(policy, bool)
+        if not is_number and policy not in PADDING:
+            close = f"; {nearest(policy, PADDING)}" if isinstance(policy, str) else ""
+            raise ConfigError(
+                f"{name}.{path}={policy!r}", where=name, hint=f"it takes {', '.join(PADDING)} or a whole number{close}"
+            )
 
 
 def _wrong(name: str, value: Any, wanted: str) -> ConfigError:

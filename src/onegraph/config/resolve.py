@@ -60,6 +60,7 @@ class ResolvedConfig:
     cudagraph_check: str
     cudagraph_lazy: bool
     cudagraph_debug: bool
+    cudagraph_padding: Mapping[str, int | str]
     on_memory_change: str
     dynamic_shapes: str
     on_constraint: str
@@ -101,6 +102,7 @@ _OF_RECORDINGS = (
     "cudagraph_check",
     "cudagraph_lazy",
     "cudagraph_debug",
+    "cudagraph_padding",
     "on_memory_change",
 )
 
@@ -117,6 +119,7 @@ ALWAYS: Mapping[str, Any] = {
     "cudagraph_check": "first",
     "cudagraph_lazy": False,
     "cudagraph_debug": False,
+    "cudagraph_padding": {},
     "on_memory_change": "error",
     "dynamic_shapes": "unbacked",
     "on_constraint": "error",
@@ -167,7 +170,7 @@ def _asked(config: CompilationConfig, environment: Environment) -> dict[str, Def
             raise ConfigError(error.message, where=source, hint=error.hint) from error
         for name, value in over.items():
             under = asked.get(name)
-            if under is not None and FIELDS[name].kind == "dict":
+            if under is not None and FIELDS[name].has_parts:
                 asked[name] = Default({**under.value, **value}, f"{under.why}, {source}")
             else:
                 asked[name] = Default(value, source)

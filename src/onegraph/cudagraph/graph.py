@@ -34,6 +34,8 @@ class RecordedGraph:
     owners: tuple[str, ...]
     unrecordable: Mapping[int, str]
     user_line: UserLine
+    arguments: tuple[SizedArgument, ...] = ()
+    """The arguments with declared dims; those that the graph takes are in `names` by their paths."""
 
     @property
     def regions(self) -> list[list[PieceCallable]]:
@@ -57,7 +59,8 @@ def recorded_graph(
     user_line: UserLine,
 ) -> RecordedGraph:
     """`weights` names the plan's first inputs, `input_names` the others, as Dynamo does."""
-    paths = {source: argument.path for argument in sized for source in argument.sources}
+    arguments = tuple(sized)
+    paths = {source: argument.path for argument in arguments for source in argument.sources}
     names = [paths.get(name) or re.sub(r"^L\['(\w+)'\]", r"\1", name) for name in input_names]
     owners = ["weight"] * len(weights)
     for place, (source, is_one) in enumerate(zip(input_names, is_tensor, strict=True), len(weights)):
@@ -70,4 +73,5 @@ def recorded_graph(
         owners=tuple(owners),
         unrecordable=unrecordable,
         user_line=user_line,
+        arguments=arguments,
     )

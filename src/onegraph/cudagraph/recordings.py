@@ -23,16 +23,29 @@ import torch
 from onegraph.config.compilation import CUDAGraphMode
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.counters import counters
+from onegraph.cudagraph.call_memory import (
+    Kind,
+    copied,
+    handed_out,
+    overlaps_itself,
+    refuse_overlap,
+    result_kinds,
+    share_storage,
+    shows_input,
+)
 from onegraph.cudagraph.comparison import PlainCall, restored, written
 from onegraph.cudagraph.graph import RecordedGraph
 from onegraph.cudagraph.manifest import Manifest, MemoryUse
+from onegraph.cudagraph.padded_calls import PaddedCalls, next_sizes
 from onegraph.cudagraph.pieces import PieceMemory, ReplayedPiece, record_pieces
+from onegraph.cudagraph.sizes import Dispatcher
 from onegraph.errors import RecordingError
+from onegraph.ir.dims import DynamicDim
+from onegraph.ir.padding import Policy
 from onegraph.ir.recording import NotRecordableError, RecordedSize, Recorder, Recording
 from onegraph.ops.memory import clone_together
 from onegraph.plan.function import failed_piece, input_function, plan_function
 from onegraph.plan.memory import Block, size_names
-from onegraph.torch_compat.overlap import overlapping
 
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
 
@@ -48,9 +61,7 @@ class _Recorded:
     """Step inputs: their index, the tensor that was recorded, and its address."""
     copies: bool
     """Whether step inputs that lie elsewhere may be copied in: not where a result shows their memory."""
-    kinds: tuple[int | str | None, ...]
-    """What each result is: an input, by its index; `ours`, in the recording's memory; `theirs`, in memory that stays
-    the caller's, such as a view of a cache; or None for what is no tensor."""
+    kinds: tuple[Kind, ...]
     addresses: list[int]
     """Of what stays where it is."""
     given: list[tuple[int, weakref.ref[torch.Tensor]]] = field(default_factory=list)
@@ -88,6 +99,8 @@ class Recordings:
         self._holder: int | None = None
         self._asked: dict[int, tuple[CUDAGraphMode, bool, bool]] = {}
         self._lazy: dict[int, CUDAGraphMode] = {}
+        self._padding: PaddedCalls | None = None
+        self._dispatchers: dict[bool, Dispatcher] = {}
 
     @classmethod
     def configured(cls, graph: RecordedGraph, recorder: Recorder, config: ResolvedConfig) -> Recordings:
@@ -114,6 +127,8 @@ class Recordings:
                 reason, results = self._replayed(found, inputs)
             elif self._lazy and (mode := self._lazy.get(self._size(*inputs) or 0)) is not None:
                 reason, results = self._recorded_first(mode, inputs)
+            elif self._padding is not None:
+                reason, results = self._padded(self._padding, inputs, is_inference)
             else:
                 reason, results = self._why_unrecorded(is_inference), ()
         finally:
@@ -163,14 +178,29 @@ class Recordings:
             recorded = self._full if mode is FULL else self._piecewise
             for key in [key for key, one in recorded.items() if one.shown.num_tokens == size]:
                 del recorded[key]
+            self._dispatchers.clear()
             if not (self._full or self._piecewise):
                 self._forget_memory()
+
+    def pad(
+        self,
+        policies: Mapping[str, Policy],
+        dims: Sequence[DynamicDim],
+        slots: Callable[[int, Mapping[str, int]], dict[str, torch.Tensor]] | None,
+    ) -> None:
+        """Has calls of sizes between recorded ones be padded, if there are policies (see PaddedCalls).
+
+        Raises ConfigError for policies that don't fit the graph.
+        """
+        if policies and slots is not None:
+            self._padding = PaddedCalls(self._graph, policies, dims, slots)
 
     def forget(self) -> None:
         """Drops all recordings: the pieces that they were made of are replaced."""
         with self._lock:
             self._full.clear()
             self._piecewise.clear()
+            self._dispatchers.clear()
             self._forget_memory()
 
     def _forget_memory(self) -> None:
@@ -188,27 +218,93 @@ class Recordings:
             dict.fromkeys(use for one in (*self._full.values(), *self._piecewise.values()) for use in one.manifest.uses)
         )
 
+    @property
+    def graph(self) -> RecordedGraph:
+        """What is recorded."""
+        return self._graph
+
+    @property
+    def padding(self) -> PaddedCalls | None:
+        """How calls between recorded sizes are padded; None where they aren't."""
+        return self._padding
+
+    def statics(self) -> dict[int, torch.Tensor]:
+        """Step inputs, by index, as one of the recordings has them."""
+        every = (*self._piecewise.values(), *self._full.values())
+        return {i: static for one in every for i, static, _ in one.statics}
+
+    def _padded(self, padding: PaddedCalls, inputs: tuple[Any, ...], is_inference: bool) -> tuple[str | None, Any]:
+        """The results of a call at the next recorded size, cut back to its own; or why the plan has to run instead."""
+        length = self._size(*inputs) or 0
+        if (why_not := padding.why_not_at(length)) is not None:
+            return why_not, ()
+        if is_inference not in self._dispatchers:
+            known = (
+                one.shown for key, one in (*self._full.items(), *self._piecewise.items()) if key[0] is is_inference
+            )
+            self._dispatchers[is_inference] = next_sizes(known, self._lazy)
+        to = self._dispatchers[is_inference].decide(length, is_uniform_decode=True)
+        if to.mode is CUDAGraphMode.NONE:
+            return to.reason if to.reason == "above_largest" else self._why_unrecorded(is_inference), ()
+        recorded = self._full if to.mode is FULL else self._piecewise
+        found = recorded.get((is_inference, padding.sizes(to.size) if to.mode is FULL else to.size))
+        if found is None and to.size not in self._lazy:
+            return "size_not_recorded", ()
+        if found is None:
+            whole = padding.placed(inputs, padding.new_memory(to.size), length, to.size)
+        elif not found.copies:
+            return "output_shows_input", ()
+        else:
+            has_moved = self._has_moved(found, inputs)
+            if self._checks_always:
+                self._check_kept(found)
+            whole = padding.placed(inputs, {i: static for i, static, _ in found.statics}, length, to.size)
+        if found is None or has_moved:
+            refuse_overlap(self._graph, whole, self._steps, self._pinned)
+            found, results = self._record_call(to.mode, whole)
+        else:
+            results = self._replay(found, whole)
+        counters.add(f"padded_calls:{to.mode.name}")
+        counters.add(f"padding_rows:{to.mode.name}", to.size - length)
+        cut = padding.cut(results, found.kinds, length)
+        return None, handed_out(found.kinds, cut, inputs, copied=True)
+
+    def _has_moved(self, found: _Recorded, inputs: tuple[Any, ...]) -> bool:
+        """Whether memory that was recorded lies elsewhere in this call: RecordingError, unless it is recorded again."""
+        pinned = [inputs[i] for i in self._pinned]
+        if [one.data_ptr() for one in pinned] == found.addresses:
+            return False
+        counters.add("recordings_with_moved_memory")
+        if not self._rerecords:
+            raise found.manifest.changed(pinned)
+        return True
+
     def _replayed(self, found: _Recorded, inputs: tuple[Any, ...]) -> tuple[str | None, Any]:
         """The results of a replay; or why the plan has to run instead."""
-        pinned = [inputs[i] for i in self._pinned]
-        if [one.data_ptr() for one in pinned] != found.addresses:
-            counters.add("recordings_with_moved_memory")
-            if not self._rerecords:
-                raise found.manifest.changed(pinned)
+        if self._has_moved(found, inputs):
             return self._recorded_first(found.shown.mode, inputs)
         moved = [(static, inputs[i]) for i, static, address in found.statics if inputs[i].data_ptr() != address]
         if moved and not found.copies:
             return "output_shows_input", ()
         if self._checks_always:
             self._check_kept(found)
-        if moved and found.shown.mode is PIECEWISE and _share_storage([given for _, given in moved], found.statics):
+        statics = [static for _, static, _ in found.statics]
+        if moved and found.shown.mode is PIECEWISE and share_storage((given for _, given in moved), statics):
             return "input_shows_static_memory", ()  # each piece copies for itself
         if moved and found.shown.mode is FULL:
             given = [one for _, one in moved]
-            if _share_storage(given, found.statics):
+            if share_storage(given, statics):
                 given = clone_together(given)  # one may be copied over another
             for (static, _), one in zip(moved, given, strict=True):
                 static.copy_(one)
+        results = self._replay(found, inputs)
+        handed = handed_out(found.kinds, results, inputs, copied=bool(moved))
+        if self._checks_always and not moved:
+            found.given = [(i, weakref.ref(one)) for i, one in enumerate(handed) if found.kinds[i] == "ours"]
+        return None, handed
+
+    def _replay(self, found: _Recorded, inputs: tuple[Any, ...]) -> Sequence[Any]:
+        """The results in the recording's memory; its step inputs are filled."""
         plain = None
         if self._compares:
             statics = {i: static for i, static, _ in found.statics} if found.shown.mode is FULL else {}
@@ -217,30 +313,13 @@ class Recordings:
         if plain is not None:
             plain.compare(results, found.shown)
         counters.add(f"replays:{found.shown.mode.name}")
-        handed = _handed_out(found.kinds, results, inputs, copied=bool(moved))
-        if self._checks_always and not moved:
-            found.given = [(i, weakref.ref(one)) for i, one in enumerate(handed) if found.kinds[i] == "ours"]
-        return None, handed
+        return results
 
     def _recorded_first(self, mode: CUDAGraphMode, inputs: tuple[Any, ...]) -> tuple[str | None, Any]:
         """Records a call that wasn't asked to be: on copies of the caller's tensors."""
-        if any(_overlaps_itself(inputs[i]) for i in self._steps):
+        if any(overlaps_itself(inputs[i]) for i in self._steps):
             return "input_overlaps_itself", ()
         return None, self._record(mode, False, True, inputs)
-
-    def _kinds(self, results: Sequence[Any], inputs: tuple[Any, ...]) -> tuple[int | str | None, ...]:
-        """As _Recorded.kinds."""
-        places = {name: i for i, name in enumerate(self._graph.plan.inputs)}
-        theirs = {_storage_address(inputs[i]) for i in self._pinned}
-
-        def kind(name: Any, result: Any) -> int | str | None:
-            if isinstance(name, str) and name in places:
-                return places[name]
-            if not isinstance(result, torch.Tensor):
-                return None
-            return "theirs" if _storage_address(result) in theirs else "ours"
-
-        return tuple(kind(*pair) for pair in zip(self._graph.plan.results, results, strict=True))
 
     def _check_kept(self, found: _Recorded) -> None:
         """Raises RecordingError for an output of the last replay that somebody holds; overwrites what was left."""
@@ -261,25 +340,14 @@ class Recordings:
     def _record(self, mode: CUDAGraphMode, restores: bool, copies: bool, inputs: tuple[Any, ...]) -> Any:
         """Records the call, and gives its results."""
         if copies:
-            inputs = tuple(_copy(one) if i in self._steps else one for i, one in enumerate(inputs))
-        self._refuse_overlap(inputs)
+            inputs = tuple(copied(one) if i in self._steps else one for i, one in enumerate(inputs))
+        refuse_overlap(self._graph, inputs, self._steps, self._pinned)
         with restored(written(self._graph, inputs) if restores else ()):
-            return self._record_call(mode, inputs)
+            made, results = self._record_call(mode, inputs)
+            return handed_out(made.kinds, results, inputs, copied=True)
 
-    def _refuse_overlap(self, inputs: tuple[Any, ...]) -> None:
-        """Raises RecordingError where filling one input would change another, or a weight."""
-        places = [*self._steps, *self._pinned]
-        pair = overlapping([inputs[i] for i in places]) if self._steps else None
-        if pair is not None and min(pair) < len(self._steps):
-            first, second = (self._graph.names[places[i]] for i in pair)
-            raise RecordingError(
-                f"{first} and {second} share memory, and later calls fill one without the other",
-                where="record",
-                hint="record a call with tensors that lie apart, such as those of slots()",
-                tensor=first,
-            )
-
-    def _record_call(self, mode: CUDAGraphMode, inputs: tuple[Any, ...]) -> Any:
+    def _record_call(self, mode: CUDAGraphMode, inputs: tuple[Any, ...]) -> tuple[_Recorded, Sequence[Any]]:
+        """Records the call, and gives its results in the recording's memory."""
         started = time.perf_counter()
         graph, size = self._graph, self._size(*inputs)
         region = graph.region_of(size)
@@ -310,16 +378,17 @@ class Recordings:
             replay=replay,
             manifest=Manifest(tuple(uses)),
             statics=tuple((i, inputs[i], inputs[i].data_ptr()) for i in self._steps),
-            copies=mode is PIECEWISE or not self._shows_step_input(results, inputs),
-            kinds=self._kinds(results, inputs),
+            copies=mode is PIECEWISE or not shows_input(graph.plan, results, inputs, self._steps),
+            kinds=result_kinds(graph.plan, results, inputs, self._pinned),
             addresses=[one.data_ptr() for one in pinned],
         )
         if mode is FULL:
             self._full[is_inference, self._sizes(*inputs)] = made
         else:
             self._piecewise[is_inference, size] = made
+        self._dispatchers.clear()
         counters.add(f"recordings:{mode.name}")
-        return _handed_out(made.kinds, results, inputs, copied=True)
+        return made, results
 
     @property
     def _shared_bytes(self) -> int:
@@ -341,14 +410,6 @@ class Recordings:
         function = plan_function(plan, [bound])
         tensors = [one for one in inputs if isinstance(one, torch.Tensor)]
         return self._recorder.record(lambda: function(*inputs), tensors)
-
-    def _shows_step_input(self, results: Sequence[Any], inputs: tuple[Any, ...]) -> bool:
-        names = {self._graph.plan.inputs[i] for i in self._steps}
-        memory = {inputs[i].untyped_storage().data_ptr() for i in self._steps}
-        return any(
-            isinstance(one, torch.Tensor) and name not in names and one.untyped_storage().data_ptr() in memory
-            for name, one in zip(self._graph.plan.results, results, strict=True)
-        )
 
     def _refused(self, error: NotRecordableError, mode: CUDAGraphMode, size: int | None) -> RecordingError:
         piece = failed_piece(error)
@@ -380,40 +441,3 @@ class _Pieces:
     def __call__(self, inputs: tuple[Any, ...]) -> Sequence[Any]:
         found: Sequence[Any] = self.function(*inputs)
         return found
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """In memory of its own, with the same strides."""
-    return clone_together([tensor])[0]
-
-
-def _storage_address(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage().data_ptr())
-
-
-def _share_storage(tensors: Sequence[torch.Tensor], statics: Sequence[tuple[int, torch.Tensor, int]]) -> bool:
-    theirs = {_storage_address(static) for _, static, _ in statics}
-    return any(_storage_address(one) in theirs for one in tensors)
-
-
-def _overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether elements share memory, as after `expand`: such a tensor can't be filled."""
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
-
-
-def _handed_out(
-    kinds: Sequence[int | str | None], results: Sequence[Any], inputs: tuple[Any, ...], *, copied: bool
-) -> tuple[Any, ...]:
-    """What the caller gets: other tensors over the recording's memory, or `copied` into memory of its own.
-
-    They share memory with one another as the results do.
-    """
-    given = [
-        inputs[kind] if isinstance(kind, int) else one if kind is None else one.detach()
-        for kind, one in zip(kinds, results, strict=True)
-    ]
-    if copied:
-        ours = [i for i, kind in enumerate(kinds) if kind == "ours"]
-        for i, one in zip(ours, clone_together([given[i] for i in ours]), strict=True):
-            given[i] = one
-    return tuple(given)

@@ -1,21 +1,35 @@
 """Batches that are recorded: at which sizes, which batch is padded to one, and what stands in the padding.
 
 Takes: the cudagraph mode, the sizes asked for, the engine's limits. Gives: a `Decision` for each batch, and its arrays
-padded to the decision's size. A padding row is token 0 at position 0, its slot -1, so that nothing is written for it
-into the KV cache, and it belongs to no request; a padding request has no tokens; a padding row of the logits repeats
-row 0.
+padded to the decision's size, with what PADDING says. A padding row is token 0 at position 0, its slot -1, so that
+nothing is written for it into the KV cache, and it belongs to no request; a padding request begins where the last one
+ends, so it has no tokens; a padding row of the logits repeats row 0.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from onegraph.config.compilation import CUDAGraphMode
+from onegraph.cudagraph.padding import fill_padding
 from onegraph.cudagraph.sizes import Decision, Dispatcher, SizeChoice
+from onegraph.ir.padding import PaddedSizes, Policy, StepInput, padded_sizes
 from onegraph.ir.recording import RecordedSize, RecordingPlan, Uncovered
 
 NO_SLOT = -1
+
+_OF_TOKENS: Mapping[str, Policy] = {"input_ids": "zero", "positions": "zero", "slot_mapping": NO_SLOT}
+_OF_REQUESTS: Mapping[str, Policy] = {
+    "query_start_loc": "last",
+    "seq_lens": "zero",
+    "block_tables": "zero",
+    "logits_indices": "zero",
+}
+PADDING: Mapping[str, Policy] = {**_OF_TOKENS, **_OF_REQUESTS}
+"""What stands in the padding of the flat model's inputs; those of requests are padded where the whole call is
+recorded."""
 
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 """The flat model's inputs by name."""
@@ -106,26 +120,28 @@ class RecordedBatches:
 
     def padded(self, arrays: Arrays, decision: Decision) -> Arrays:
         """The arrays with padding up to the decision's size; `block_tables` are [R, M] with M of the longest."""
-        rows = decision.size
-        padded = {
-            **arrays,
-            "input_ids": _extended(arrays["input_ids"], rows, 0),
-            "positions": _extended(arrays["positions"], rows, 0),
-            "slot_mapping": _extended(arrays["slot_mapping"], rows, NO_SLOT),
-        }
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_OF_TOKENS, (decision.size,))
         if decision.mode is CUDAGraphMode.FULL:
-            num_reqs = min(rows, self.max_num_seqs)
-            starts, tables = arrays["query_start_loc"], arrays["block_tables"]
-            whole = np.zeros((num_reqs, self.max_blocks_per_seq), dtype=tables.dtype)
-            whole[: tables.shape[0], : tables.shape[1]] = tables
-            padded |= {
-                "query_start_loc": _extended(starts, num_reqs + 1, int(starts[-1])),
-                "seq_lens": _extended(arrays["seq_lens"], num_reqs, 0),
-                "block_tables": whole,
-                "logits_indices": _extended(arrays["logits_indices"], num_reqs, 0),
-            }
-        return padded
+            num_reqs = min(decision.size, self.max_num_seqs)
+            shapes |= dict.fromkeys(_OF_REQUESTS, (num_reqs,))
+            shapes |= {"query_start_loc": (num_reqs + 1,), "block_tables": (num_reqs, self.max_blocks_per_seq)}
+        return arrays | {name: _extended(arrays[name], shape, PADDING[name]) for name, shape in shapes.items()}
 
 
-def _extended(array: "np.ndarray[Any, Any]", size: int, value: int) -> "np.ndarray[Any, Any]":
-    return np.concatenate((array, np.full(size - len(array), value, dtype=array.dtype)))
+def shown_padding(
+    inputs: Iterable[StepInput], recorded: Iterable[RecordedSize]
+) -> tuple[tuple[StepInput, ...], tuple[PaddedSizes, ...]]:
+    """The model's inputs with what stands in their padding, and which batches are padded, by their tokens."""
+    sizes: dict[CUDAGraphMode, set[int]] = {}
+    for one in recorded:
+        sizes.setdefault(one.mode, set()).add(one.num_tokens or 0)
+    policies = {} if not sizes else PADDING if CUDAGraphMode.FULL in sizes else _OF_TOKENS
+    named = tuple(replace(one, padding=policies.get(one.name)) for one in inputs)
+    return named, tuple(gap for mode, found in sizes.items() for gap in padded_sizes(found, 1, mode))
+
+
+def _extended(array: "np.ndarray[Any, Any]", shape: tuple[int, ...], policy: Policy) -> "np.ndarray[Any, Any]":
+    whole = np.empty(shape, dtype=array.dtype)
+    whole[tuple(map(slice, array.shape))] = array
+    fill_padding(whole, dict(enumerate(array.shape)), policy)
+    return whole

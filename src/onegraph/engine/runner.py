@@ -252,7 +252,10 @@ class Runner:
                 self._record(batches, decision)
             seconds = time.perf_counter() - began
             log.info("recorded batches of %d tokens (%s) in %.2f s", decision.size, decision.mode.name, seconds)
-        return arrays if self._recorded is None else batches.padded(arrays, decision)
+        if self._recorded is None:
+            return arrays
+        counters.add(f"padding_rows:{decision.mode.name}", decision.size - num_tokens)
+        return batches.padded(arrays, decision)
 
     def check(self, num_sizes: int) -> tuple[SizeCheck, ...]:
         """The model against eager and fp64 at `num_sizes` sizes of a batch (see `sizes_to_check`).

@@ -23,7 +23,7 @@ from onegraph.engine.engine import Engine
 from onegraph.engine.kv_cache import LayerKV
 from onegraph.engine.limits import Limits, resolve_limits
 from onegraph.engine.progress import Progress, bar
-from onegraph.engine.recorded_batches import RecordedBatches
+from onegraph.engine.recorded_batches import RecordedBatches, shown_padding
 from onegraph.engine.text import Text
 from onegraph.explanation import Explanation
 from onegraph.garbage import collected_later
@@ -73,11 +73,14 @@ class Started:
         if plan is not None:
             plan = None if why_not is not None else replace(plan, traffic=self.engine.traffic or plan.traffic)
         more = [] if why_not is None else [f"nothing is recorded: {why_not}"]
+        inputs, padded = shown_padding(explanation.recorded_inputs, explanation.recorded)
         return replace(
             explanation,
             device=describe_target(self.target),
             notes=tuple(dict.fromkeys((*explanation.notes, *self.op_kernels.notes, *more))),
             recording_plan=plan,
+            recorded_inputs=inputs,
+            padded=padded,
             uncovered=() if plan is None else plan.uncovered,
         )
 

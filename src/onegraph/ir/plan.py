@@ -39,6 +39,8 @@ class ExecutionPlan:
     """Symbol of a size (`u0`) -> an expression over the inputs for it."""
     written: frozenset[str] = frozenset()
     """The inputs whose memory the graph changes, or may change."""
+    result_lengths: tuple[tuple[str, ...], ...] = ()
+    """How long each result is in each of its dims, as expressions over the inputs; of a size its value."""
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,19 @@ Takes a SplitGraph. Gives an ExecutionPlan, which is data: the runtime is printe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from onegraph.ir.fx_nodes import changed_arguments, storage_of
+from onegraph.ir.fx_nodes import changed_arguments, storage_of, value_of
 from onegraph.ir.graph import FlatGraph
 from onegraph.ir.piece import Piece, SplitGraph
 from onegraph.ir.plan import ExecutionPlan, PlanCall
 from onegraph.ir.weights import MergedWeight
 from onegraph.torch_compat import shapes
+
+_UNKNOWN = "?"
 
 
 def plan_calls(split: SplitGraph, num_weights: int = 0, merged: Sequence[MergedWeight] = ()) -> ExecutionPlan:
@@ -39,7 +42,35 @@ def plan_calls(split: SplitGraph, num_weights: int = 0, merged: Sequence[MergedW
         calls.append(PlanCall(piece.index, piece.inputs, piece.outputs, frees, comment, sizes, by_data))
     inputs = (*names[:num_weights], *(one.name for one in merged), *names[num_weights:])
     size = _size(split.whole, symbols)
-    return ExecutionPlan(inputs, tuple(calls), split.results, size, symbols, frozenset(_written(split.whole)))
+    return ExecutionPlan(
+        inputs,
+        tuple(calls),
+        split.results,
+        size,
+        symbols,
+        frozenset(_written(split.whole)),
+        tuple(
+            _result_lengths(split, symbols if size is None else {**symbols, **dict.fromkeys(_first(split.whole), size)})
+        ),
+    )
+
+
+def _result_lengths(split: SplitGraph, symbols: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
+    """As ExecutionPlan.result_lengths. What isn't known, or follows from values, is no expression over the inputs."""
+    values = {node.name: value_of(node) for node in split.whole.graph_module.graph.nodes}
+    for result in split.results:
+        value = values.get(result) if isinstance(result, str) else None
+        if isinstance(value, torch.Tensor):
+            yield tuple(_in_inputs(length, symbols) for length in value.shape)
+        elif isinstance(value, torch.SymInt):
+            yield (_in_inputs(value, symbols),)
+        else:
+            yield () if value is not None or not isinstance(result, str) else (_UNKNOWN,)
+
+
+def _in_inputs(length: int | torch.SymInt, symbols: Mapping[str, str]) -> str:
+    text = str(shapes.expression(length, None))
+    return re.sub(r"\b[a-z]+\d+\b", lambda found: symbols.get(found[0], found[0]), text)
 
 
 def _written(whole: FlatGraph) -> Iterator[str]:
@@ -81,5 +112,9 @@ def _symbols(whole: FlatGraph, names: tuple[str, ...]) -> dict[str, str]:
 
 def _size(whole: FlatGraph, symbols: Mapping[str, str]) -> str | None:
     """The size of the first declared dim."""
-    first = {symbol for symbol, dim in whole.symbols.items() if whole.dims and dim == whole.dims[0].name}
-    return min((symbols[symbol] for symbol in first if symbol in symbols), key=len, default=None)
+    return min((symbols[symbol] for symbol in _first(whole) if symbol in symbols), key=len, default=None)
+
+
+def _first(whole: FlatGraph) -> set[str]:
+    """The symbols of the first declared dim, of which backed sizes have one for each argument."""
+    return {symbol for symbol, dim in whole.symbols.items() if whole.dims and dim == whole.dims[0].name}

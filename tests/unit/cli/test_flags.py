@@ -64,11 +64,15 @@ def test_a_switch_needs_no_value_and_takes_one() -> None:
 
 @given(st.sampled_from(sorted(FIELDS)))
 def test_dashes_and_underscores_are_equal(name: str) -> None:
-    value = {"bool": "true", "int": "1", "dict": "{}", "counts": "{}", "mode": "0", "cudagraph_mode": "FULL"}.get(
-        FIELDS[name].kind
-    )
+    info = FIELDS[name]
+    value = {"bool": "true", "int": "1", "mode": "0", "cudagraph_mode": "FULL"}.get(info.kind, "{}" * info.has_parts)
     text = value or (FIELDS[name].choices[0] if FIELDS[name].choices else "[]")
     assert fields_of(f"-O.{name}={text}") == fields_of(f"-O.{name.replace('_', '-')}={text}")
+
+
+def test_policies_are_given_one_by_one() -> None:
+    words = ("-O.cudagraph_padding.x=zero", "-O.cudagraph-padding.slots", "-1", "-O.cudagraph_padding.batch['y']=last")
+    assert fields_of(*words) == {"cudagraph_padding": {"x": "zero", "slots": -1, "batch['y']": "last"}}
 
 
 def test_nested_keys_and_order() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onegraph.config.compilation import FIELDS, CompilationConfig, CompilationMode, CUDAGraphMode
+from onegraph.config.compilation import FIELDS, PADDING, CompilationConfig, CompilationMode, CUDAGraphMode
 from onegraph.errors import ConfigError
 
 SIZES = st.lists(st.integers(0, 10**6), max_size=4)
@@ -23,6 +23,7 @@ VALUES = {
     "counts": st.dictionaries(st.integers(1, 99).map(str), st.integers(0, 99), max_size=2),
     "ranges": st.lists(st.tuples(st.integers(0, 99), st.integers(100, 999)).map(list), max_size=3),
     "strs": st.lists(st.sampled_from(["onegraph::paged_attention", "a:B"]), max_size=2),
+    "policies": st.dictionaries(st.sampled_from(["x", "batch['ids']"]), st.sampled_from(PADDING) | st.integers()),
     "dict": st.dictionaries(st.sampled_from(["max_autotune", "cpp.threads"]), st.booleans() | st.integers(0, 8)),
 }
 

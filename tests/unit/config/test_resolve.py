@@ -202,6 +202,7 @@ OF_RECORDINGS: list[dict[str, Any]] = [
     {"cudagraph_check": "always"},
     {"cudagraph_lazy": True},
     {"cudagraph_debug": True},
+    {"cudagraph_padding": {"x": "zero"}},
     {"on_memory_change": "rerecord"},
 ]
 
