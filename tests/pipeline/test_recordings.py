@@ -647,3 +647,27 @@ def test_settings_that_contradict_each_other(config: dict[str, Any], told: str) 
 def test_a_size_out_of_range_is_refused() -> None:
     with pytest.raises(ConfigError, match="cudagraph_capture_sizes has 65"):
         recorded(Block(), {**EAGER, "cudagraph_capture_sizes": [65]})
+
+
+def test_what_a_splitting_op_alone_reads_may_be_another_tensor_in_each_call() -> None:
+    """A cache that is passed anew: the pieces around the op have nothing to do with it."""
+
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Block(), Block()
+
+        def forward(self, x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+            rows = torch.index_select(cache, 0, (self.first(x)[:, 0] > 0).long())
+            return self.second(x + rows)
+
+    config = {**EAGER, "cudagraph_mode": "PIECEWISE", "splitting_ops": ["torch.index_select"]}
+    module = Cached()
+
+    compiled = recorded(module, config, cache=torch.randn(2, 16))
+    with torch.inference_mode():
+        for _ in range(3):
+            x, other = torch.randn(4, 16), torch.randn(2, 16)
+            with counters.expect(**{"replays:PIECEWISE": 1, "recordings_with_moved_memory": 0}):
+                found = compiled(x, other)
+            assert torch.allclose(found, module(x, other), atol=1e-5)

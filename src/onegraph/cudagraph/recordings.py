@@ -62,8 +62,10 @@ class _Recorded:
     copies: bool
     """Whether step inputs that lie elsewhere may be copied in: not where a result shows their memory."""
     kinds: tuple[Kind, ...]
+    pinned: list[int]
+    """The inputs, by index, that it reads or writes where they lie."""
     addresses: list[int]
-    """Of what stays where it is."""
+    """Of these."""
     given: list[tuple[int, weakref.ref[torch.Tensor]]] = field(default_factory=list)
 
 
@@ -271,7 +273,7 @@ class Recordings:
 
     def _has_moved(self, found: _Recorded, inputs: tuple[Any, ...]) -> bool:
         """Whether memory that was recorded lies elsewhere in this call: RecordingError, unless it is recorded again."""
-        pinned = [inputs[i] for i in self._pinned]
+        pinned = [inputs[i] for i in found.pinned]
         if [one.data_ptr() for one in pinned] == found.addresses:
             return False
         counters.add("recordings_with_moved_memory")
@@ -352,6 +354,7 @@ class Recordings:
         graph, size = self._graph, self._size(*inputs)
         region = graph.region_of(size)
         left: Mapping[int, str] = {}
+        pinned = self._pinned
         shared_before = self._shared_bytes
         is_inference = torch.is_inference_mode_enabled()
         try:
@@ -367,12 +370,13 @@ class Recordings:
                 ours = [one for one in recorded.pieces if isinstance(one, ReplayedPiece)]
                 num_steps, num_bytes = sum(one.num_steps for one in ours), sum(one.num_bytes for one in ours)
                 left = recorded.unrecorded
+                used = {name for call in graph.plan.calls if call.piece not in left for name in call.inputs}
+                pinned = [i for i in pinned if graph.plan.inputs[i] in used]  # what runs as ever takes what it is given
         except NotRecordableError as error:
             raise self._refused(error, mode, size) from error
         num_bytes += self._shared_bytes - shared_before
         shown = RecordedSize(size, mode, num_steps, num_bytes, time.perf_counter() - started, left)
-        pinned = [inputs[i] for i in self._pinned]
-        uses = (MemoryUse.of(graph.names[i], graph.owners[i], inputs[i]) for i in self._pinned)
+        uses = (MemoryUse.of(graph.names[i], graph.owners[i], inputs[i]) for i in pinned)
         made = _Recorded(
             shown=shown,
             replay=replay,
@@ -380,7 +384,8 @@ class Recordings:
             statics=tuple((i, inputs[i], inputs[i].data_ptr()) for i in self._steps),
             copies=mode is PIECEWISE or not shows_input(graph.plan, results, inputs, self._steps),
             kinds=result_kinds(graph.plan, results, inputs, self._pinned),
-            addresses=[one.data_ptr() for one in pinned],
+            pinned=pinned,
+            addresses=[inputs[i].data_ptr() for i in pinned],
         )
         if mode is FULL:
             self._full[is_inference, self._sizes(*inputs)] = made
