@@ -103,7 +103,7 @@ REFUSED_AT_O1: list[tuple[str, Any]] = [
     ("cudagraph_check", "always"),
     ("cudagraph_lazy", True),
     ("cudagraph_debug", True),
-    ("cudagraph_padding", {"x": "zero", "slots": -1}),
+    ("cudagraph_padding", {"x": "zero"}),
     ("on_memory_change", "rerecord"),
 ]
 UNCOMPILED = {"dynamo_compiles": 0, "graphs_captured": 0, "aot_compiles": 0, "inductor_compiles": 0, "gxx_runs": 0}
