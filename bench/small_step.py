@@ -1,10 +1,10 @@
-"""What a step costs beside its kernels: one token through 30 layers that are too small to matter, as JSON.
+"""What a decode step costs beside its kernels: few tokens through 30 layers that are too small to matter, as JSON.
 
-usage: python -m bench.small_step [--shape toy-30] [--dtype float32] [--threads 1] [--ways NAME ...] [--tokens 64]
-                                  [--rounds 8] [--name NAME] [--out FILE]
+usage: python -m bench.small_step [--shape toy-30] [--dtype float32] [--threads 1] [--ways NAME ...]
+                                  [--requests 1 ...] [--tokens 64] [--rounds 8] [--name NAME] [--out FILE]
 
-All ways of running stand in one process and generate in turns, one request each; the time is that of the model's call
-within a decode step, whose own arithmetic is microseconds.
+All ways of running stand in one process and generate in turns, so many requests at once; the time is that of the
+model's call within a step in which each of them decodes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from onegraph import LLM, SamplingParams
 WAYS: dict[str, Any] = {
     "onegraph": None,
     "onegraph, unrecorded": {"cudagraph_mode": "NONE"},
+    "onegraph, recorded at the start": {"cudagraph_mode": "FULL_DECODE_ONLY"},
     "onegraph, pieces recorded": {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": [1]},
     "unrecorded, memory unplanned": {"cudagraph_mode": "NONE", "plan_memory": False},
     "unrecorded, one piece": {"cudagraph_mode": "NONE", "splitting_ops": []},
@@ -56,12 +57,24 @@ class Steps:
 
         return timed
 
-    def decode(self, num_tokens: int) -> list[float]:
-        """Microseconds of each call that had one token."""
+    def decode(self, num_requests: int, num_tokens: int) -> list[float]:
+        """Microseconds of each call in which all requests had one token."""
         self.microseconds.clear()
         greedy = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-        self.llm.generate({"prompt_token_ids": [7, 8, 9]}, greedy, use_tqdm=False)
+        prompts = [{"prompt_token_ids": [7 + number, 8, 9]} for number in range(num_requests)]
+        self.llm.generate(prompts, greedy, use_tqdm=False)
         return self.microseconds[1:]
+
+
+def measure(engines: dict[str, Steps], num_requests: int, num_tokens: int, rounds: int) -> dict[str, Any]:
+    """Median and spread of each way's steps with so many requests; the ways take turns."""
+    for engine in engines.values():
+        engine.decode(num_requests, 12)
+    found: dict[str, list[float]] = {way: [] for way in engines}
+    for number in range(rounds):
+        for way in list(engines) if number % 2 == 0 else list(reversed(engines)):
+            found[way] += engines[way].decode(num_requests, num_tokens)
+    return {way: {k: v for k, v in summary(times).items() if k != "all"} for way, times in found.items()}
 
 
 def main() -> int:
@@ -71,6 +84,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", help="of the model")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="what to compare")
+    parser.add_argument("--requests", type=int, nargs="+", default=[1], help="that decode at once")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--name", default="", help="ends the file's name, where a day has several runs")
@@ -84,19 +98,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="onegraph-bench-") as folder:
         make_model(options.shape, Path(folder))
         engines = {way: Steps(Path(folder), WAYS[way], options.dtype) for way in options.ways}
-        for engine in engines.values():
-            engine.decode(8)
-        found: dict[str, list[float]] = {way: [] for way in engines}
-        for number in range(options.rounds):
-            for way in list(engines) if number % 2 == 0 else list(reversed(engines)):
-                found[way] += engines[way].decode(options.tokens)
-    steps = {way: {k: v for k, v in summary(times).items() if k != "all"} for way, times in found.items()}
+        by_requests = {num: measure(engines, num, options.tokens, options.rounds) for num in options.requests}
     given = {"shape": options.shape, "dtype": options.dtype, "threads": options.threads}
-    facts = {"environment": environment(), **given, "microseconds_of_a_step_with_one_token": steps}
+    facts = {"environment": environment(), **given, "microseconds_of_a_decode_step": by_requests}
     out.write_text(json.dumps(facts, indent=1) + "\n")
-    for way, one in steps.items():
+    for num, steps in by_requests.items():
         first = steps[options.ways[0]]["median"]
-        print(f"{way:<30}{one['median']:>10.0f} µs  ({one['median'] / first:.2f}x)")
+        for way, one in steps.items():
+            print(f"{num:>4} requests  {way:<32}{one['median']:>10.0f} µs  ({one['median'] / first:.2f}x)")
     print(f"written: {out}")
     return 0
 
