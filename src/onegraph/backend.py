@@ -7,16 +7,22 @@ and no ledger here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from onegraph.capture.custom_ops import checked_at_first_call, custom_ops
+from onegraph.config.compilation import CUDAGraphMode
 from onegraph.config.resolve import ResolvedConfig
+from onegraph.cudagraph.graph import RecordedGraph, recorded_graph
+from onegraph.cudagraph.lint import called_lines, calling_line
+from onegraph.cudagraph.recordings import Recordings
 from onegraph.errors import ConfigError, nearest
 from onegraph.ir.graph import FlatGraph
+from onegraph.ir.piece import SplitGraph
+from onegraph.ir.plan import ExecutionPlan
 from onegraph.passes.catalogue import choose_passes
 from onegraph.passes.run import pass_settings, run_passes
 from onegraph.piece_compiler import PieceCompiler
@@ -29,11 +35,20 @@ from onegraph.store.unpacked import tell_edits
 from onegraph.targets import common_device, target_for
 from onegraph.torch_compat import dynamo
 
+_OF_SIZES = (
+    *("compile_sizes", "compile_ranges", "cudagraph_capture_sizes", "cudagraph_traffic"),
+    *("cudagraph_memory_mib", "cudagraph_lazy", "cudagraph_padding"),
+)
+"""Settings that are about declared sizes."""
+
 
 def compile_dynamo_graph(
     graph_module: torch.fx.GraphModule, example_inputs: list[Any], config: ResolvedConfig, store: Store | None
 ) -> Callable[..., Any]:
-    """A callable of the graph's inputs. Raises ConfigError if a gradient is needed, CompileError."""
+    """A callable of the graph's inputs; with a cudagraph mode, its first call is recorded.
+
+    Raises ConfigError if a gradient is needed, CompileError, and RecordingError at the first call.
+    """
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         raise ConfigError(
             "torch.compile(backend='onegraph') is for inference, and this call needs gradients",
@@ -58,15 +73,51 @@ def compile_dynamo_graph(
         tell_edits(store.root, enumerate(pieces), are_used=are_used, is_whole=False)
     plan, callables = plan_calls(split), [piece.call for piece in pieces]
     run = plan_function(plan, [callables], sizes=size_names(plan, [callables]) if config.plan_memory else None)
-    return checked_at_first_call(run, graph_module, foreign)
+    if config.cudagraph_mode is CUDAGraphMode.NONE:
+        return checked_at_first_call(run, graph_module, foreign)
+    edited = [index for index, piece in enumerate(pieces) if piece.edited]
+    graph = _recorded_graph(split, plan, run, example_inputs, edited)
+    recordings = Recordings.configured(graph, target.recorder(), config)
+    in_pieces = config.cudagraph_mode is CUDAGraphMode.PIECEWISE
+    recordings.record_lazily(CUDAGraphMode.PIECEWISE if in_pieces else CUDAGraphMode.FULL, (0,))
+    return checked_at_first_call(recordings, graph_module, foreign)
+
+
+def _recorded_graph(
+    split: SplitGraph, plan: ExecutionPlan, run: Callable[..., Any], inputs: Sequence[Any], edited: Iterable[int]
+) -> RecordedGraph:
+    """What recordings know of the plan's function: Dynamo gives weights as inputs, and no declared dims.
+
+    Raises ConfigError for a graph of several sizes.
+    """
+    fakes = split.whole.fake_inputs
+    if not all(isinstance(one, torch.Tensor) and all(isinstance(size, int) for size in one.shape) for one in fakes):
+        raise ConfigError(
+            "cudagraph_mode records calls of one size, and torch.compile has made a graph of several",
+            where="torch.compile(backend='onegraph')",
+            hint="give dynamic=False to torch.compile, or use onegraph.compile with dynamic_shapes",
+        )
+    graph = recorded_graph(
+        plan,
+        run,
+        weights=(),
+        input_names=plan.inputs,
+        is_tensor=[True] * len(plan.inputs),
+        sized=(),
+        unrecordable=dict.fromkeys(edited, "edited: somebody has edited its code"),
+        user_line=lambda piece, op: calling_line(called_lines(split.pieces[piece]), op),
+    )
+    owners = ("weight" if dynamo.is_of_module(one) else owner for one, owner in zip(inputs, graph.owners, strict=True))
+    return replace(graph, owners=tuple(owners))
 
 
 def _refuse_what_needs_a_range(config: ResolvedConfig) -> None:
     """Options that would be ignored in silence, since Dynamo alone decides which sizes a graph is for."""
-    for name, value in {"compile_sizes": config.compile_sizes, "compile_ranges": config.compile_ranges}.items():
-        if value:
+    for name in _OF_SIZES:
+        if getattr(config, name):
+            shown = config.to_dict()[name]["value"]
             raise ConfigError(
-                f"{name}={list(value)} ({config.why[name]}) can't be honoured below Dynamo: torch.compile "
+                f"{name}={shown} ({config.why[name]}) can't be honoured below Dynamo: torch.compile "
                 "decides which graphs there are, and for which sizes",
                 where=name,
                 hint="use onegraph.compile, or leave it out",

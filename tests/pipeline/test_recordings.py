@@ -671,3 +671,31 @@ def test_what_a_splitting_op_alone_reads_may_be_another_tensor_in_each_call() ->
             with counters.expect(**{"replays:PIECEWISE": 1, "recordings_with_moved_memory": 0}):
                 found = compiled(x, other)
             assert torch.allclose(found, module(x, other), atol=1e-5)
+
+
+def test_below_torch_compile_the_first_call_of_a_graph_is_recorded() -> None:
+    torch._dynamo.reset()
+    module, options = Block(), {"backend": "eager", "cudagraph_mode": "FULL"}
+    compiled = torch.compile(module, backend="onegraph", dynamic=False, options=options)
+    with torch.inference_mode(), counters.expect(**{"recordings:FULL": 2, "replays:FULL": 4}):
+        for size in (4, 2, 4, 2, 4, 2):
+            x = torch.randn(size, 16)
+            found = compiled(x)
+            assert torch.allclose(found, module(x), atol=1e-6)
+    module.linear.weight.data = torch.randn(16, 16)  # Dynamo has no guard on where a weight lies
+    with torch.inference_mode(), pytest.raises(RecordingError, match="isn't the memory that was recorded") as raised:
+        compiled(torch.randn(4, 16))
+    assert raised.value.tensor is not None and "weight" in raised.value.tensor
+
+
+def test_below_torch_compile_sizes_are_dynamo_s() -> None:
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"backend": "eager", "cudagraph_mode": "FULL"}
+    for more, dynamic, told in (
+        ({}, True, "torch.compile has made a graph of several"),
+        ({"cudagraph_capture_sizes": [4]}, False, "can't be honoured below Dynamo"),
+        ({"cudagraph_padding": {"x": "zero"}}, False, "can't be honoured below Dynamo"),
+    ):
+        compiled = torch.compile(Block(), backend="onegraph", dynamic=dynamic, options={**options, **more})
+        with torch.inference_mode(), pytest.raises(Exception, match=told):
+            compiled(torch.randn(4, 16))

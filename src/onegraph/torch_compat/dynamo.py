@@ -105,6 +105,11 @@ class CaptureFailure:
     symbols: dict[str, str] = field(default_factory=dict)
 
 
+def is_of_module(tensor: torch.Tensor) -> bool:
+    """Whether Dynamo, which hands weights to a backend as inputs, found it as a module's parameter or buffer."""
+    return getattr(tensor, "_dynamo_static_input_type", None) is not None
+
+
 def mark_dynamic_dim(tensor: torch.Tensor, dim: int, *, name: str, minimum: int, maximum: int, hint: int) -> None:
     """Marks one dim of the tensor (the Python object is changed) as unknown within minimum..maximum."""
     try:
