@@ -44,11 +44,16 @@ def bind_weights(
     input_names: Sequence[str],
     tensors: Sequence[int],
     groups: BoundGroups | None = None,
+    *,
+    looked: Callable[[], None] | None = None,
 ) -> BoundWeights:
     """The weights of a graph bound to `call`, which takes the weights, those merged in `groups`, and the inputs.
 
     None of the inputs `tensors`, by their indices, may overlap another one or a weight in memory, in any call: a
     graph that changes inputs was compiled knowing which do.
+
+    With `looked`, the module's owner says when weights may have been replaced or moved, by `fit()`: they are looked at
+    in the first call after it, which tells by `looked()`, and are taken as they are in others.
     """
     places = [(weight.holder, weight.key) for weight in graph_weights]
     known = [holder[key] for holder, key in places]
@@ -58,9 +63,11 @@ def bind_weights(
     by_storage = _by_storage(known) if tensors else {}
     version = None if groups is None else groups.version
     is_grad_enabled, is_not = torch.is_grad_enabled, operator.is_not
+    seen: tuple[list[Any], Sequence[Any], int | None] | None = None
 
-    def run(*inputs: Any) -> Any:
-        nonlocal known, by_storage, version
+    def standing() -> tuple[list[Any], Sequence[Any], int | None]:
+        """The weights and merged weights that stand in their places now, and the version of what is merged."""
+        nonlocal known, by_storage
         try:
             weights = [holder[key] for holder, key in places]
         except (KeyError, ValueError):  # deleted, from a dict or a closure
@@ -71,6 +78,18 @@ def bind_weights(
         elif not same_kinds(weights):  # module.to(dtype) and .data = keep the Parameter
             _check_replaced(graph_weights, weights, facts)
         merged = () if groups is None else groups.tensors(weights)
+        return weights, merged, None if groups is None else groups.version
+
+    def run(*inputs: Any) -> Any:
+        nonlocal by_storage, version, seen
+        if seen is None or (groups is not None and seen[2] != groups.version):
+            found = standing()
+            if looked is not None:
+                seen = found
+                looked()
+        else:
+            found = seen
+        weights, merged, _ = found
         if tensors:
             if groups is not None and version != groups.version:
                 version, by_storage = groups.version, _by_storage(weights)
@@ -84,6 +103,8 @@ def bind_weights(
         return call(*weights, *merged, *inputs)
 
     def fit() -> bool:
+        nonlocal seen
+        seen = None
         weights = _standing(places)
         if any(map(is_not, weights, known)):
             return list(map(_facts, weights)) == facts

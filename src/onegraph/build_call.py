@@ -13,6 +13,7 @@ from onegraph.built import Built
 from onegraph.capture.state_check import changed_entries, state_check
 from onegraph.config.compilation import CompilationConfig, CUDAGraphMode
 from onegraph.config.resolve import ResolvedConfig
+from onegraph.cudagraph.recordings import Recordings
 from onegraph.ir.ledger import CheckedWhen, StateRead
 from onegraph.ir.recording import Recorder
 from onegraph.ir.target import Target
@@ -102,6 +103,12 @@ class BuildCall:
         """What records calls; None where nothing shall be recorded."""
         is_off = self.config.cudagraph_mode is CUDAGraphMode.NONE
         return None if is_off or not self.target.runs else self.target.recorder()
+
+    def told_of_weights(self, recordings: Recordings | None) -> Callable[[], None] | None:
+        """What is done once the module's owner has said that weights may have moved; None where nobody says so."""
+        if self.state_checked != "event" or self.config.freeze:
+            return None
+        return (lambda: None) if recordings is None else recordings.weights_may_have_moved
 
     def with_checks(self, built: Built, reads: Iterable[StateRead], weights: Sequence[BoundWeights]) -> Built:
         """The build with the check of Python's state, unless the user promised that nothing changes."""

@@ -15,7 +15,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from onegraph.config.compilation import CUDAGraphMode
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.counters import counters
 from onegraph.cudagraph.call_memory import (
-    Kind,
     copied,
     handed_out,
     overlaps_itself,
@@ -38,6 +36,7 @@ from onegraph.cudagraph.graph import RecordedGraph
 from onegraph.cudagraph.manifest import Manifest, MemoryUse
 from onegraph.cudagraph.padded_calls import PaddedCalls, next_sizes
 from onegraph.cudagraph.pieces import PieceMemory, ReplayedPiece, record_pieces
+from onegraph.cudagraph.recorded_call import PiecesReplay, RecordedCall, WholeReplay
 from onegraph.cudagraph.sizes import Dispatcher
 from onegraph.errors import RecordingError
 from onegraph.ir.dims import DynamicDim
@@ -48,25 +47,6 @@ from onegraph.plan.function import failed_piece, input_function, plan_function
 from onegraph.plan.memory import Block, size_names
 
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
-
-
-@dataclass
-class _Recorded:
-    """A recording that can be replayed: `replay(inputs)` does it, and gives the results in the recording's memory."""
-
-    shown: RecordedSize
-    replay: Callable[[tuple[Any, ...]], Sequence[Any]]
-    manifest: Manifest
-    statics: tuple[tuple[int, torch.Tensor, int], ...]
-    """Step inputs: their index, the tensor that was recorded, and its address."""
-    copies: bool
-    """Whether step inputs that lie elsewhere may be copied in: not where a result shows their memory."""
-    kinds: tuple[Kind, ...]
-    pinned: list[int]
-    """The inputs, by index, that it reads or writes where they lie."""
-    addresses: list[int]
-    """Of these."""
-    given: list[tuple[int, weakref.ref[torch.Tensor]]] = field(default_factory=list)
 
 
 class Recordings:
@@ -93,14 +73,15 @@ class Recordings:
         stays = [i for i, owner in enumerate(graph.owners) if owner in ("weight", "input")]
         self._pinned = [i for i in stays if plan.inputs[i] in used]
         self._steps = [i for i, owner in enumerate(graph.owners) if owner == "step input"]
-        self._full: dict[Any, _Recorded] = {}
-        self._piecewise: dict[Any, _Recorded] = {}
+        self._full: dict[Any, RecordedCall] = {}
+        self._piecewise: dict[Any, RecordedCall] = {}
         self._block: Block | None = None
         self._of_pieces: dict[int, PieceMemory] = {}
         self._lock = threading.Lock()
         self._holder: int | None = None
         self._asked: dict[int, tuple[CUDAGraphMode, bool, bool]] = {}
         self._lazy: dict[int, CUDAGraphMode] = {}
+        self._told_of_weights = False
         self._padding: PaddedCalls | None = None
         self._dispatchers: dict[bool, Dispatcher] = {}
 
@@ -173,6 +154,15 @@ class Recordings:
         For a graph that has no other dims.
         """
         self._lazy = dict.fromkeys(sizes, mode)
+
+    def weights_may_have_moved(self) -> None:
+        """Has the next replay of each recording look at its weights; from then on others don't, unless always checked.
+
+        For an owner of the module who says when.
+        """
+        self._told_of_weights = not self._checks_always
+        for one in (*self._full.values(), *self._piecewise.values()):
+            one.has_looked = False
 
     def drop(self, size: int | None, mode: CUDAGraphMode) -> None:
         """Drops the recordings of this mode and size of the first dim."""
@@ -271,17 +261,19 @@ class Recordings:
         cut = padding.cut(results, found.kinds, length)
         return None, handed_out(found.kinds, cut, inputs, copied=True)
 
-    def _has_moved(self, found: _Recorded, inputs: tuple[Any, ...]) -> bool:
+    def _has_moved(self, found: RecordedCall, inputs: tuple[Any, ...]) -> bool:
         """Whether memory that was recorded lies elsewhere in this call: RecordingError, unless it is recorded again."""
-        pinned = [inputs[i] for i in found.pinned]
-        if [one.data_ptr() for one in pinned] == found.addresses:
+        skipped = found.num_weights if found.has_looked and self._told_of_weights else 0
+        if [inputs[i].data_ptr() for i in found.pinned[skipped:]] == found.addresses[skipped:]:
+            found.has_looked = True
             return False
+        pinned = [inputs[i] for i in found.pinned]
         counters.add("recordings_with_moved_memory")
         if not self._rerecords:
             raise found.manifest.changed(pinned)
         return True
 
-    def _replayed(self, found: _Recorded, inputs: tuple[Any, ...]) -> tuple[str | None, Any]:
+    def _replayed(self, found: RecordedCall, inputs: tuple[Any, ...]) -> tuple[str | None, Any]:
         """The results of a replay; or why the plan has to run instead."""
         if self._has_moved(found, inputs):
             return self._recorded_first(found.shown.mode, inputs)
@@ -305,7 +297,7 @@ class Recordings:
             found.given = [(i, weakref.ref(one)) for i, one in enumerate(handed) if found.kinds[i] == "ours"]
         return None, handed
 
-    def _replay(self, found: _Recorded, inputs: tuple[Any, ...]) -> Sequence[Any]:
+    def _replay(self, found: RecordedCall, inputs: tuple[Any, ...]) -> Sequence[Any]:
         """The results in the recording's memory; its step inputs are filled."""
         plain = None
         if self._compares:
@@ -323,7 +315,7 @@ class Recordings:
             return "input_overlaps_itself", ()
         return None, self._record(mode, False, True, inputs)
 
-    def _check_kept(self, found: _Recorded) -> None:
+    def _check_kept(self, found: RecordedCall) -> None:
         """Raises RecordingError for an output of the last replay that somebody holds; overwrites what was left."""
         for index, held in found.given:
             if held() is not None:
@@ -348,7 +340,7 @@ class Recordings:
             made, results = self._record_call(mode, inputs)
             return handed_out(made.kinds, results, inputs, copied=True)
 
-    def _record_call(self, mode: CUDAGraphMode, inputs: tuple[Any, ...]) -> tuple[_Recorded, Sequence[Any]]:
+    def _record_call(self, mode: CUDAGraphMode, inputs: tuple[Any, ...]) -> tuple[RecordedCall, Sequence[Any]]:
         """Records the call, and gives its results in the recording's memory."""
         started = time.perf_counter()
         graph, size = self._graph, self._size(*inputs)
@@ -360,13 +352,13 @@ class Recordings:
         try:
             if mode is FULL:
                 recording, results = self._record_whole(region, inputs)
-                replay: Callable[[tuple[Any, ...]], Sequence[Any]] = _Whole(recording, results)
+                replay: Callable[[tuple[Any, ...]], Sequence[Any]] = WholeReplay(recording, results)
                 num_steps, num_bytes = len(recording.steps), recording.num_bytes
             else:
                 if region not in self._of_pieces:
                     self._of_pieces[region] = PieceMemory(graph, region)
                 recorded, results = record_pieces(graph, self._of_pieces[region], inputs, self._recorder)
-                replay = _Pieces(plan_function(graph.plan, [recorded.pieces]))
+                replay = PiecesReplay(plan_function(graph.plan, [recorded.pieces]))
                 ours = [one for one in recorded.pieces if isinstance(one, ReplayedPiece)]
                 num_steps, num_bytes = sum(one.num_steps for one in ours), sum(one.num_bytes for one in ours)
                 left = recorded.unrecorded
@@ -377,7 +369,7 @@ class Recordings:
         num_bytes += self._shared_bytes - shared_before
         shown = RecordedSize(size, mode, num_steps, num_bytes, time.perf_counter() - started, left)
         uses = (MemoryUse.of(graph.names[i], graph.owners[i], inputs[i]) for i in pinned)
-        made = _Recorded(
+        made = RecordedCall(
             shown=shown,
             replay=replay,
             manifest=Manifest(tuple(uses)),
@@ -386,6 +378,7 @@ class Recordings:
             kinds=result_kinds(graph.plan, results, inputs, self._pinned),
             pinned=pinned,
             addresses=[inputs[i].data_ptr() for i in pinned],
+            num_weights=sum(graph.owners[i] == "weight" for i in pinned),
         )
         if mode is FULL:
             self._full[is_inference, self._sizes(*inputs)] = made
@@ -427,22 +420,3 @@ class Recordings:
             hint="cudagraph_mode=NONE records nothing"
             + ("; PIECEWISE records the pieces around a splitting op" if mode is FULL else ""),
         )
-
-
-@dataclass(frozen=True)
-class _Whole:
-    recording: Recording
-    results: Sequence[Any]
-
-    def __call__(self, inputs: tuple[Any, ...]) -> Sequence[Any]:
-        self.recording.replay()
-        return self.results
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    function: Callable[..., Any]
-
-    def __call__(self, inputs: tuple[Any, ...]) -> Sequence[Any]:
-        found: Sequence[Any] = self.function(*inputs)
-        return found

@@ -141,6 +141,8 @@ def shown_padding(
 
 
 def _extended(array: "np.ndarray[Any, Any]", shape: tuple[int, ...], policy: Policy) -> "np.ndarray[Any, Any]":
+    if array.shape == shape:
+        return array
     whole = np.empty(shape, dtype=array.dtype)
     whole[tuple(map(slice, array.shape))] = array
     fill_padding(whole, dict(enumerate(array.shape)), policy)
