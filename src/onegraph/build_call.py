@@ -101,7 +101,9 @@ class BuildCall:
     def recorder(self) -> Recorder | None:
         """What records calls; None where nothing shall be recorded."""
         is_off = self.config.cudagraph_mode is CUDAGraphMode.NONE
-        return None if is_off or not self.target.runs else self.target.recorder()
+        if is_off or not self.target.runs:
+            return None
+        return self.target.recorder(checks_liveness=self.config.cudagraph_check == "always")
 
     def with_checks(self, built: Built, reads: Iterable[StateRead], weights: Sequence[BoundWeights]) -> Built:
         """The build with the check of Python's state, unless the user promised that nothing changes."""

@@ -35,6 +35,8 @@ class DeviceRules:
     device: str
     cudagraph_modes: frozenset[CUDAGraphMode]
     default_cudagraph_mode: CUDAGraphMode
+    records_uncompiled: bool = False
+    """Whether a module can be recorded whole that isn't compiled."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def resolve(
     given = _asked(config, environment)
     _refuse_what_cant_be_done(given, rules)
     levels = _by_level(given, rules, enforce_eager)
-    _refuse_contradictions(given, levels["mode"], enforce_eager)
+    _refuse_contradictions(given, levels["mode"], rules, enforce_eager)
     _refuse_unpacking_nowhere(given, environment)
     values = {name: Default(value) for name, value in ALWAYS.items()} | levels | given
     values |= _autotuned(values, asked="autotune" in given)
@@ -171,6 +173,9 @@ def _by_level(given: Mapping[str, Default], rules: DeviceRules, enforce_eager: b
     cudagraphs = Default(rules.default_cudagraph_mode, f"device rule: {rules.device}")
     if enforce_eager or level.value < 2:
         cudagraphs = Default(CUDAGraphMode.NONE, "enforce_eager" if enforce_eager else why)
+    elif mode.value not in _CAPTURING and cudagraphs.value is not CUDAGraphMode.NONE:
+        whole = uncompiled and rules.records_uncompiled
+        cudagraphs = Default(CUDAGraphMode.FULL if whole else CUDAGraphMode.NONE, because)
     return {
         "level": level,
         "mode": mode,
@@ -230,7 +235,9 @@ def _with_capture_sizes(values: Mapping[str, Default]) -> Default:
     return Default(tuple(dict.fromkeys(sizes)), asked.why)
 
 
-def _refuse_contradictions(given: Mapping[str, Default], mode: Default, enforce_eager: bool) -> None:
+def _refuse_contradictions(
+    given: Mapping[str, Default], mode: Default, rules: DeviceRules, enforce_eager: bool
+) -> None:
     if enforce_eager:
         for name, neutral in (
             ("mode", CompilationMode.NONE),
@@ -244,10 +251,11 @@ def _refuse_contradictions(given: Mapping[str, Default], mode: Default, enforce_
                     hint="leave one of the two out",
                 )
     recorded = given.get("cudagraph_mode")
-    if recorded is not None and recorded.value is not CUDAGraphMode.NONE and mode.value not in _CAPTURING:
+    if recorded is not None and recorded.value not in _recordable(mode.value, rules):
+        of_what = "pieces of one" if _recordable(mode.value, rules) != {CUDAGraphMode.NONE} else "one"
         raise ConfigError(
             f"mode={mode.value.name} ({mode.why}) captures no graph, and cudagraph_mode={recorded.value.name} "
-            f"({recorded.why}) records one",
+            f"({recorded.why}) records {of_what}",
             where="configuration",
             hint="leave one of the two out",
         )
@@ -265,6 +273,15 @@ def _refuse_contradictions(given: Mapping[str, Default], mode: Default, enforce_
             where="configuration",
             hint="leave one of the two out, or give mode=ONEGRAPH too",
         )
+
+
+def _recordable(mode: CompilationMode, rules: DeviceRules) -> set[CUDAGraphMode]:
+    """How calls can be recorded: in all ways where a graph is captured, else whole or not at all."""
+    if mode in _CAPTURING:
+        return set(CUDAGraphMode)
+    if mode is CompilationMode.NONE and rules.records_uncompiled:
+        return {CUDAGraphMode.NONE, CUDAGraphMode.FULL, CUDAGraphMode.FULL_DECODE_ONLY}
+    return {CUDAGraphMode.NONE}
 
 
 def _refuse_recording_nothing(given: Mapping[str, Default], mode: Default) -> None:

@@ -53,6 +53,8 @@ class _Recorded:
     the caller's, such as a view of a cache; or None for what is no tensor."""
     addresses: list[int]
     """Of what stays where it is."""
+    made_by: list[Any]
+    """Its recordings, whose memory `poison` overwrites."""
     given: list[tuple[int, weakref.ref[torch.Tensor]]] = field(default_factory=list)
 
 
@@ -150,6 +152,10 @@ class Recordings:
         finally:
             self._asked.pop(thread, None)
 
+    def is_asked(self) -> bool:
+        """Whether this thread's next call is recorded: it is inside of `recording`."""
+        return threading.get_ident() in self._asked
+
     def record_lazily(self, mode: CUDAGraphMode, sizes: Iterable[int]) -> None:
         """Has the first call of each of these sizes of the first dim be recorded, on copies of its step inputs.
 
@@ -245,6 +251,8 @@ class Recordings:
             self._block.poison()
         for memory in self._of_pieces.values():
             memory.poison()
+        for recording in found.made_by:
+            recording.poison()
 
     def _record(self, mode: CUDAGraphMode, restores: bool, copies: bool, inputs: tuple[Any, ...]) -> Any:
         """Records the call, and gives its results."""
@@ -277,13 +285,14 @@ class Recordings:
             if mode is FULL:
                 recording, results = self._record_whole(region, inputs)
                 replay: Callable[[tuple[Any, ...]], Sequence[Any]] = _Whole(recording, results)
+                made_by: list[Any] = [recording]
                 num_steps, num_bytes = len(recording.steps), recording.num_bytes
             else:
                 if region not in self._of_pieces:
                     self._of_pieces[region] = PieceMemory(graph, region)
                 recorded, results = record_pieces(graph, self._of_pieces[region], inputs, self._recorder)
                 replay = _Pieces(plan_function(graph.plan, [recorded.pieces]))
-                ours = [one for one in recorded.pieces if isinstance(one, ReplayedPiece)]
+                made_by = ours = [one for one in recorded.pieces if isinstance(one, ReplayedPiece)]
                 num_steps, num_bytes = sum(one.num_steps for one in ours), sum(one.num_bytes for one in ours)
                 left = recorded.unrecorded
         except NotRecordableError as error:
@@ -299,6 +308,7 @@ class Recordings:
             copies=mode is PIECEWISE or not self._shows_step_input(results, inputs),
             kinds=self._kinds(results, inputs),
             addresses=[one.data_ptr() for one in pinned],
+            made_by=made_by,
         )
         if mode is FULL:
             self._full[is_inference, self._sizes(*inputs)] = made

@@ -125,4 +125,5 @@ def device_rules(device_type: str) -> DeviceRules:
         device=device_type,
         cudagraph_modes=frozenset(CUDAGraphMode),
         default_cudagraph_mode=CUDAGraphMode.NONE,
+        records_uncompiled=device_type == "cuda",  # a tape has what compiled pieces and our own ops did
     )
