@@ -90,19 +90,19 @@ def start_vllm(model: str, enforce_eager: bool) -> Engine:
     return Engine(generate, state)
 
 
-def start_transformers(model: str, compiled: bool) -> Engine:
+def start_transformers(model: str, compiled: bool, device: str = "cpu") -> Engine:
     import torch
     from transformers import AutoModelForCausalLM, CompileConfig
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval().to(device)
     more: dict[str, Any] = {}
     if compiled:
-        compile_config = CompileConfig(fullgraph=True, mode="default")
+        compile_config = CompileConfig(fullgraph=True, mode="default" if device == "cpu" else "reduce-overhead")
         compile_config._compile_all_devices = True  # else generate compiles on accelerators only
         more = {"cache_implementation": "static", "compile_config": compile_config}
 
     def generate(prompts: list[list[int]], num_tokens: int) -> int:
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=device)
         with torch.inference_mode():
             out = loaded.generate(
                 ids,
@@ -136,17 +136,17 @@ def start_torch_compile(model: str) -> Engine:
     return Engine(generate)
 
 
-def start_transformers_batching(model: str) -> Engine:
+def start_transformers_batching(model: str, device: str = "cpu", memory: float = 0.15) -> Engine:
     """transformers' continuous batching, through the manager that its `generate_batch` makes anew for each call.
 
-    Its KV cache takes nine tenths of the free memory unless told otherwise, and touches all of it.
+    Its KV cache takes nine tenths of the free memory unless told otherwise, and touches all of it: here `memory`.
     """
     from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval().to(device)
     manager = loaded.init_continuous_batching(
         generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
-        continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=0.15, allow_block_sharing=False),
+        continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=memory, allow_block_sharing=False),
     )
     manager.warmup()
     manager.start()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onegraph.config.compilation import CompilationConfig as CompilationConfig
     from onegraph.config.compilation import CompilationMode as CompilationMode
     from onegraph.config.compilation import CUDAGraphMode as CUDAGraphMode
+    from onegraph.eager_breaks import eager_break as eager_break
     from onegraph.llm import LLM as LLM
     from onegraph.llm import SamplingParams as SamplingParams
     from onegraph.opaque_ops import opaque as opaque
@@ -32,6 +33,7 @@ __all__ = [
     "SamplingParams",
     "__version__",
     "compile",
+    "eager_break",
     "errors",
     "load",
     "opaque",
@@ -45,11 +47,12 @@ _MODULES = {
     "CompilationMode": "onegraph.config.compilation",
     "SamplingParams": "onegraph.llm",
     "compile": "onegraph.api",
+    "eager_break": "onegraph.eager_breaks",
     "load": "onegraph.api",
     "opaque": "onegraph.opaque_ops",
     "support_torch_compile": "onegraph.api",
 }
-_NEED_TORCH = ("LLM", "SamplingParams", "compile", "load", "opaque", "support_torch_compile")
+_NEED_TORCH = ("LLM", "SamplingParams", "compile", "eager_break", "load", "opaque", "support_torch_compile")
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ from onegraph.build_record import Asked, BuildRecord, shapes_of
 from onegraph.built import Built
 from onegraph.capture.portable import loaded
 from onegraph.compiled import CompiledModel
-from onegraph.config.compilation import CompilationConfig, CompilationMode
+from onegraph.config.compilation import CompilationConfig, CompilationMode, CUDAGraphMode
 from onegraph.config.resolve import ResolvedConfig, resolve
 from onegraph.env import environment
 from onegraph.errors import ArtifactError, ConfigError
@@ -136,29 +136,34 @@ def compiled_model(
     first = [] if saved is None else [saved.build]  # what is captured later is captured here
 
     def build_entry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
-        if resolved.mode is CompilationMode.NONE:
-            return Built(module, empty_explanation(title, resolved))
         if resolved.mode is CompilationMode.STOCK_TORCH_COMPILE:
             return Built(_stock_compile(module, resolved), empty_explanation(title, resolved))
-        built = build(
-            BuildCall(
-                module=module,
-                args=args,
-                kwargs=kwargs,
-                name=title,
-                dynamic_shapes=dynamic_shapes,
-                config=resolved,
-                target=target or _target(device_type_of(module, args, kwargs), saved),
-                store=lookup or (open_store() if saved is None else saved.store),
-                given=given,
-                saved=first.pop() if first else None,
-                stages=Stages(observer),
-                state_checked=state_checked,
-                owned=owned,
-            )
+        is_uncompiled = resolved.mode is CompilationMode.NONE
+        if is_uncompiled and resolved.cudagraph_mode is CUDAGraphMode.NONE:
+            return Built(module, empty_explanation(title, resolved))
+        call = BuildCall(
+            module=module,
+            args=args,
+            kwargs=kwargs,
+            name=title,
+            dynamic_shapes=dynamic_shapes,
+            config=resolved,
+            target=target or _target(device_type_of(module, args, kwargs), saved),
+            store=lookup or (open_store() if saved is None else saved.store),
+            given=given,
+            saved=first.pop() if first else None,
+            stages=Stages(observer),
+            state_checked=state_checked,
+            owned=owned,
         )
+        if not is_uncompiled:
+            return finished(build(call))
+        from onegraph.uncompiled import build_uncompiled  # this, and what it needs, is rarely used
 
-        return finished(built)
+        recorder, nothing = call.recorder(), empty_explanation(title, resolved)
+        if recorder is None:
+            return Built(module, nothing)
+        return finished(build_uncompiled(call, recorder, nothing, restores=not records_by_hand))
 
     def finished(built: Built) -> Built:
         """The build with what needs the module and the configuration; also after a piece of it has fallen back."""

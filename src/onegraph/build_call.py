@@ -102,7 +102,9 @@ class BuildCall:
     def recorder(self) -> Recorder | None:
         """What records calls; None where nothing shall be recorded."""
         is_off = self.config.cudagraph_mode is CUDAGraphMode.NONE
-        return None if is_off or not self.target.runs else self.target.recorder()
+        if is_off or not self.target.runs:
+            return None
+        return self.target.recorder(checks_liveness=self.config.cudagraph_check == "always")
 
     def told_of_weights(self, recordings: Recordings | None) -> Callable[[], None] | None:
         """What is done once the module's owner has said that weights may have moved; None where nobody says so."""

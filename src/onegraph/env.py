@@ -17,9 +17,11 @@ VARIABLES = {
     "ONEGRAPH_DISABLE_COMPILE_CACHE": "1: the compile cache is neither read nor written",
     "ONEGRAPH_COMPILATION_CONFIG": "JSON with fields of CompilationConfig, merged over everything else",
     "ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT": "binary or unpacked: how artifacts are kept; see edit-artifacts.md",
+    "ONEGRAPH_ATTENTION": "own (default) or torch: whose attention runs on a GPU; see cuda.md",
     "ONEGRAPH_LOG_LEVEL": "DEBUG, INFO, WARNING (default) or ERROR",
     "ONEGRAPH_ALLOW_UNTESTED_TORCH": "1: a torch outside the tested range is used all the same",
 }
+ATTENTION = ("OWN", "TORCH")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -34,6 +36,7 @@ class Environment:
     disable_compile_cache: bool
     compilation_config: dict[str, Any] | None
     compile_cache_save_format: str | None
+    attention: str
     log_level: str
     allow_untested_torch: bool
 
@@ -56,6 +59,7 @@ def environment() -> Environment:
         disable_compile_cache=_flag(given, "ONEGRAPH_DISABLE_COMPILE_CACHE"),
         compilation_config=_json(given, "ONEGRAPH_COMPILATION_CONFIG"),
         compile_cache_save_format=given.get("ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT") or None,
+        attention=_choice(given, "ONEGRAPH_ATTENTION", ATTENTION, "OWN").lower(),
         log_level=_choice(given, "ONEGRAPH_LOG_LEVEL", LOG_LEVELS, "WARNING"),
         allow_untested_torch=_flag(given, "ONEGRAPH_ALLOW_UNTESTED_TORCH"),
     )

@@ -236,7 +236,7 @@ class Explanation:
             "pieces": [piece.to_dict() for piece in self.pieces],
             "passes": [one.to_dict() for one in self.passes],
             "custom_ops": [op.to_dict() for op in self.custom_ops],
-            "plan": self._plan_dict() if self.pieces else None,
+            "plan": self._plan_dict() if self.pieces or self.recorded else None,
             "check": [check.to_dict() for check in self.checks],
         }
 
@@ -252,7 +252,8 @@ class Explanation:
         }
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {self.start} start" if self.pieces else f"{self.model}: nothing compiled yet"]
+        nothing = "not compiled, recorded as it is" if self.recorded else "nothing compiled yet"
+        lines = [f"{self.model}: {self.start} start" if self.pieces else f"{self.model}: {nothing}"]
         if self.stages:
             lines += [f"device   {self.device}"] if self.device else []
             lines.append("stages   " + "  ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages))

@@ -19,6 +19,7 @@ PUBLIC = [
     "SamplingParams",
     "__version__",
     "compile",
+    "eager_break",
     "errors",
     "load",
     "opaque",

@@ -37,6 +37,8 @@ class DeviceRules:
     default_cudagraph_mode: CUDAGraphMode
     default_capture_sizes: tuple[int, ...] = ()
     """Where these are few, each is recorded when it first comes; none stand for all sizes, recorded at the start."""
+    records_uncompiled: bool = False
+    """Whether a module can be recorded whole that isn't compiled."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def resolve(
     given = _asked(config, environment)
     _refuse_what_cant_be_done(given, rules)
     levels = _by_level(given, rules, enforce_eager)
-    _refuse_contradictions(given, levels["mode"], enforce_eager)
+    _refuse_contradictions(given, levels["mode"], rules, enforce_eager)
     _refuse_unpacking_nowhere(given, environment)
     values = {name: Default(value) for name, value in ALWAYS.items()} | levels | given
     values |= _recorded_by_default(values, given, rules)
@@ -188,10 +190,11 @@ def _by_level(given: Mapping[str, Default], rules: DeviceRules, enforce_eager: b
     cudagraphs = Default(rules.default_cudagraph_mode, f"device rule: {rules.device}")
     if enforce_eager or level.value < 2:
         cudagraphs = Default(CUDAGraphMode.NONE, "enforce_eager" if enforce_eager else why)
-    elif mode.value not in _CAPTURING or backend.value != "inductor":
-        cudagraphs = Default(
-            CUDAGraphMode.NONE, because if mode.value not in _CAPTURING else f"backend={backend.value}"
-        )
+    elif mode.value not in _CAPTURING:
+        whole = uncompiled and rules.records_uncompiled and cudagraphs.value is not CUDAGraphMode.NONE
+        cudagraphs = Default(CUDAGraphMode.FULL if whole else CUDAGraphMode.NONE, because)
+    elif backend.value != "inductor":
+        cudagraphs = Default(CUDAGraphMode.NONE, f"backend={backend.value}")
     return {
         "level": level,
         "mode": mode,
@@ -276,7 +279,9 @@ def _with_capture_sizes(values: Mapping[str, Default]) -> Default:
     return Default(tuple(dict.fromkeys(sizes)), asked.why)
 
 
-def _refuse_contradictions(given: Mapping[str, Default], mode: Default, enforce_eager: bool) -> None:
+def _refuse_contradictions(
+    given: Mapping[str, Default], mode: Default, rules: DeviceRules, enforce_eager: bool
+) -> None:
     if enforce_eager:
         for name, neutral in (
             ("mode", CompilationMode.NONE),
@@ -290,10 +295,11 @@ def _refuse_contradictions(given: Mapping[str, Default], mode: Default, enforce_
                     hint="leave one of the two out",
                 )
     recorded = given.get("cudagraph_mode")
-    if recorded is not None and recorded.value is not CUDAGraphMode.NONE and mode.value not in _CAPTURING:
+    if recorded is not None and recorded.value not in _recordable(mode.value, rules):
+        of_what = "pieces of one" if _recordable(mode.value, rules) != {CUDAGraphMode.NONE} else "one"
         raise ConfigError(
             f"mode={mode.value.name} ({mode.why}) captures no graph, and cudagraph_mode={recorded.value.name} "
-            f"({recorded.why}) records one",
+            f"({recorded.why}) records {of_what}",
             where="configuration",
             hint="leave one of the two out",
         )
@@ -311,6 +317,15 @@ def _refuse_contradictions(given: Mapping[str, Default], mode: Default, enforce_
             where="configuration",
             hint="leave one of the two out, or give mode=ONEGRAPH too",
         )
+
+
+def _recordable(mode: CompilationMode, rules: DeviceRules) -> set[CUDAGraphMode]:
+    """How calls can be recorded: in all ways where a graph is captured, else whole or not at all."""
+    if mode in _CAPTURING:
+        return set(CUDAGraphMode)
+    if mode is CompilationMode.NONE and rules.records_uncompiled:
+        return {CUDAGraphMode.NONE, CUDAGraphMode.FULL, CUDAGraphMode.FULL_DECODE_ONLY}
+    return {CUDAGraphMode.NONE}
 
 
 def _refuse_recording_nothing(given: Mapping[str, Default], mode: Default) -> None:

@@ -50,6 +50,10 @@ class ReplayedPiece:
             given.copy_(static)
         return self._results
 
+    def poison(self) -> None:
+        """As Recording.poison."""
+        self._recording.poison()
+
 
 @dataclass(frozen=True)
 class RecordedPieces:

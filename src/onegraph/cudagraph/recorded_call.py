@@ -11,6 +11,7 @@ import torch
 
 from onegraph.cudagraph.call_memory import Kind
 from onegraph.cudagraph.manifest import Manifest
+from onegraph.cudagraph.pieces import ReplayedPiece
 from onegraph.ir.recording import RecordedSize, Recording
 
 
@@ -32,6 +33,8 @@ class RecordedCall:
     """Of these."""
     num_weights: int
     """So many of them, the first, are weights."""
+    made_by: Sequence[Recording | ReplayedPiece]
+    """Its recordings, whose memory `poison` overwrites."""
     has_looked: bool = False
     """Whether the weights' addresses were compared since they may have moved."""
     given: list[tuple[int, weakref.ref[torch.Tensor]]] = field(default_factory=list)

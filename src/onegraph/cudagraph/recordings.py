@@ -148,6 +148,10 @@ class Recordings:
         finally:
             self._asked.pop(thread, None)
 
+    def is_asked(self) -> bool:
+        """Whether this thread's next call is recorded: it is inside of `recording`."""
+        return threading.get_ident() in self._asked
+
     def record_lazily(self, mode: CUDAGraphMode, sizes: Iterable[int]) -> None:
         """Has the first call of each of these sizes of the first dim be recorded, on copies of its step inputs.
 
@@ -330,6 +334,8 @@ class Recordings:
             self._block.poison()
         for memory in self._of_pieces.values():
             memory.poison()
+        for recording in found.made_by:
+            recording.poison()
 
     def _record(self, mode: CUDAGraphMode, restores: bool, copies: bool, inputs: tuple[Any, ...]) -> Any:
         """Records the call, and gives its results."""
@@ -353,6 +359,7 @@ class Recordings:
             if mode is FULL:
                 recording, results = self._record_whole(region, inputs)
                 replay: Callable[[tuple[Any, ...]], Sequence[Any]] = WholeReplay(recording, results)
+                made_by: Sequence[Recording | ReplayedPiece] = [recording]
                 num_steps, num_bytes = len(recording.steps), recording.num_bytes
             else:
                 if region not in self._of_pieces:
@@ -360,6 +367,7 @@ class Recordings:
                 recorded, results = record_pieces(graph, self._of_pieces[region], inputs, self._recorder)
                 replay = PiecesReplay(plan_function(graph.plan, [recorded.pieces]))
                 ours = [one for one in recorded.pieces if isinstance(one, ReplayedPiece)]
+                made_by = ours
                 num_steps, num_bytes = sum(one.num_steps for one in ours), sum(one.num_bytes for one in ours)
                 left = recorded.unrecorded
                 used = {name for call in graph.plan.calls if call.piece not in left for name in call.inputs}
@@ -379,6 +387,7 @@ class Recordings:
             pinned=pinned,
             addresses=[inputs[i].data_ptr() for i in pinned],
             num_weights=sum(graph.owners[i] == "weight" for i in pinned),
+            made_by=made_by,
         )
         if mode is FULL:
             self._full[is_inference, self._sizes(*inputs)] = made

@@ -244,6 +244,10 @@ class Recording(Protocol):
         """
         ...
 
+    def poison(self) -> None:
+        """Overwrites the memory that it made with bytes that are no number, as far as nobody else has a use for it."""
+        ...
+
 
 class Recorder(Protocol):
     """Makes recordings of one compiled model, which share memory: one is replayed at a time."""

@@ -136,6 +136,9 @@ class Target(Protocol):
         """Loads what `start_op_kernels_build` made; gives an implementation for each op by name."""
         ...
 
-    def recorder(self) -> Recorder:
-        """What makes recordings of one compiled model. Only for a target that runs."""
+    def recorder(self, *, checks_liveness: bool = False) -> Recorder:
+        """What makes recordings of one compiled model. Only for a target that runs.
+
+        With `checks_liveness` replays look whether all memory is still there, where the device can tell.
+        """
         ...

@@ -130,6 +130,7 @@ def device_rules(device_type: str, *, batches: bool = False) -> DeviceRules:
         device=device_type,
         cudagraph_modes=frozenset(CUDAGraphMode),
         default_cudagraph_mode=CUDAGraphMode.NONE,
+        records_uncompiled=device_type == "cuda",  # a tape has what compiled pieces and our own ops did
     )
     if batches and device_type == "cpu":
         sizes = tuple(range(1, 17))  # each as it is: padding would cost more than it saves

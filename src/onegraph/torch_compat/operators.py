@@ -15,6 +15,7 @@ __all__ = [
     "OpOverloadPacket",
     "RecordingMode",
     "WriteRefusedError",
+    "changed_arguments",
     "dispatcher_is_watched",
     "may_share",
     "named_arguments",
@@ -70,6 +71,11 @@ _UNDECLARED = frozenset({"running_mean", "running_var"})
 """What aten's older normalisations change without a word in their schemas."""
 
 
+def changed_arguments(op: Any) -> frozenset[str]:
+    """As `written_arguments`, with those that are changed without a word in the schema."""
+    return written_arguments(op) | _UNDECLARED
+
+
 class refuse_writes(TorchDispatchMode):  # noqa: N801 - used as a context manager
     """While in force, an op that changes a tensor in a storage of the given tensors doesn't run.
 
@@ -82,7 +88,7 @@ class refuse_writes(TorchDispatchMode):  # noqa: N801 - used as a context manage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        written = written_arguments(func) | _UNDECLARED
+        written = changed_arguments(func)
         for name, value in named_arguments(func, args, kwargs).items():
             for item in value if isinstance(value, list | tuple) and name in written else (value,):
                 if name in written and isinstance(item, torch.Tensor) and _storage(item) in self.storages:

@@ -6,7 +6,7 @@ Takes each call of a thread before it runs. Raises NotRecordableError for one th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 from onegraph.ir.recording import NotRecordableError
 from onegraph.torch_compat import pytree
 from onegraph.torch_compat.operators import RecordingMode, named_arguments, written_arguments
+from onegraph.torch_compat.storages import StorageWeakRef, alive, storage_of
 
-_TORCHS = frozenset({"aten", "prims", "prim"})
+_TORCHS = frozenset({"aten", "prims", "prim", "torch_attn"})
 _NO_KERNELS = ("Meta", "Autograd", "ADInplaceOrView", "Autocast", "Functionalize", "FuncTorch", "Batched", "Fake")
 """How dispatch keys begin below which nothing is computed."""
 ALLOCATORS = frozenset(
@@ -42,6 +43,7 @@ class CheckedOperators(RecordingMode):
 
     supports_higher_order_operators = True
     refused: NotRecordableError | None = None
+    is_paused = False
 
     def __init__(self, own: Own, device: str) -> None:
         super().__init__()
@@ -56,7 +58,18 @@ class CheckedOperators(RecordingMode):
         """Runs an operator that isn't refused."""
         return func(*args, **kwargs)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, all runs as if nobody watched."""
+        before, self.is_paused = self.is_paused, True
+        try:
+            yield
+        finally:
+            self.is_paused = before
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.is_paused:
+            return func(*args, **(kwargs or {}))
         try:
             return self._run(func, args, kwargs or {})
         except NotRecordableError as error:
@@ -83,16 +96,50 @@ class CheckedOperators(RecordingMode):
 
 
 class CapturedOperators(CheckedOperators):
-    """For a recording that the device itself makes: of what is done on the host beside it, nothing is repeated."""
+    """For a recording that the device itself makes: of what is done on the host beside it, nothing is repeated.
+
+    The storages of `inputs` are somebody else's.
+    """
+
+    def __init__(self, own: Own, device: str, inputs: Sequence[torch.Tensor] = ()) -> None:
+        super().__init__(own, device)
+        self._known = {storage_key(one) for one in inputs if one.layout == torch.strided}
+        self._used: dict[int, StorageWeakRef] = {}
+        self._made: set[int] = set()
+
+    def used_besides(self, results: Sequence[torch.Tensor]) -> list[Any]:
+        """The storages that operators were given and that are still there: neither inputs nor those of `results`."""
+        theirs = {storage_key(one) for one in results if one.layout == torch.strided}
+        found = (alive(weak) for key, weak in self._used.items() if key not in theirs)
+        return [one for one in found if one is not None]
 
     def refuse(self, func: Any, args: Any, kwargs: Any) -> None:
+        """As CheckedOperators, and what runs Python. Random numbers are fine."""
         refuse_unrepeatable(func, args, kwargs, draws=True)
+        if runs_python(func):
+            raise NotRecordableError("host_code", str(func), "is implemented in Python, which a replay doesn't run")
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        for one in tensors((args, kwargs)):
+            if one.layout == torch.strided and (key := storage_key(one)) not in self._known:
+                self._known.add(key)
+                self._used[key] = storage_of(one)  # as long as it is there, no other storage has this key
+        return super()._run(func, args, kwargs)
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        result = func(*args, **kwargs)
+        """Runs an operator, if it works on the device alone, but for constants of the host."""
         given = tensors((args, kwargs))
         known = {storage_key(one) for one in given if one.layout == torch.strided}
+        if func._schema.name == CONSTANT:
+            self._made |= known
+        on_host = [one for one in given if one.device.type != self.device]
+        if any(one.layout != torch.strided or storage_key(one) not in self._made for one in on_host):
+            raise NotRecordableError(
+                "host_code", str(func), "reads a tensor of the host, whose values a replay wouldn't see"
+            )
+        result = func(*args, **kwargs)
         made = [one for one in tensors(result) if one.layout != torch.strided or storage_key(one) not in known]
+        self._made |= {storage_key(one) for one in made if one.layout == torch.strided}
         changed = tensors([named_arguments(func, args, kwargs).get(name) for name in written_arguments(func)])
         is_work = func._schema.name not in (*ALLOCATORS, CONSTANT)
         if is_work and any(one.device.type != self.device for one in (*made, *changed)):
@@ -115,7 +162,7 @@ class _RefusedReads(TorchFunctionMode):
         self._watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.reads:
+        if func in self.reads and not self._watch.is_paused:
             error = NotRecordableError("host_read", f"Tensor.{func.__name__}", "gives Python the values of a tensor")
             self._watch.refused = self._watch.refused or error
             raise error

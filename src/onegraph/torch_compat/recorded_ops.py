@@ -105,6 +105,7 @@ class RecordedOperators(CheckedOperators):
         self._inputs: dict[int, Any] = {storage_key(one): one.untyped_storage() for one in plain}
         self._unowned: dict[int, Any] = {}
         self._made: dict[int, Any] = {}
+        self._constants: set[int] = set()
 
     def is_input(self, tensor: torch.Tensor) -> bool:
         """Whether its memory is somebody else's."""
@@ -118,6 +119,11 @@ class RecordedOperators(CheckedOperators):
         """The bytes of its storage, if that was made inside."""
         storage = self._made.get(storage_key(tensor))
         return 0 if storage is None else int(storage.nbytes())
+
+    def is_scratch(self, tensor: torch.Tensor) -> bool:
+        """Whether its memory was made inside, and is written again before it is read."""
+        key = storage_key(tensor)
+        return key in self._made and key not in self._constants
 
     def forget(self) -> None:
         """Lets go of all memory."""
@@ -165,6 +171,7 @@ class RecordedOperators(CheckedOperators):
         self.made(tensor)
         kept, values = self._held(tensor), tensor.clone()
         self.made(values)
+        self._constants.add(storage_key(values))
         self._calls.append(OperatorCall(str(func), partial(kept.copy_, values), (kept, values)))
 
     def _append(self, func: Any, args: Any, kwargs: Any, fresh: list[tuple[int, torch.Tensor]]) -> None:

@@ -225,6 +225,21 @@ def test_a_mode_that_captures_nothing_has_nothing_to_record(fields: dict[str, An
         resolved({**fields, "cudagraph_mode": "FULL"}, rules=RECORDING)
 
 
+def test_an_uncompiled_module_is_recorded_whole_where_the_device_can() -> None:
+    can = replace(RECORDING, records_uncompiled=True)
+    config = resolved({"mode": 0}, rules=can)
+    assert config.cudagraph_mode is CUDAGraphMode.FULL and config.why["cudagraph_mode"] == "mode=NONE"
+    assert resolved({"mode": 0}, rules=RECORDING).cudagraph_mode is CUDAGraphMode.NONE
+    assert resolved({"mode": "STOCK_TORCH_COMPILE"}, rules=can).cudagraph_mode is CUDAGraphMode.NONE
+    assert resolved(0, rules=can).cudagraph_mode is CUDAGraphMode.NONE
+    assert resolved(rules=can, enforce_eager=True).cudagraph_mode is CUDAGraphMode.NONE
+    for mode in ("FULL", "FULL_DECODE_ONLY"):
+        assert resolved({"mode": 0, "cudagraph_mode": mode}, rules=can).cudagraph_mode is CUDAGraphMode[mode]
+    for mode in ("PIECEWISE", "FULL_AND_PIECEWISE"):
+        with pytest.raises(ConfigError, match=f"captures no graph, and cudagraph_mode={mode} .user. records pieces"):
+            resolved({"mode": 0, "cudagraph_mode": mode}, rules=can)
+
+
 def test_a_mode_that_a_device_has_not_is_refused() -> None:
     rules = DeviceRules("none", frozenset({CUDAGraphMode.NONE}), CUDAGraphMode.NONE)
     with pytest.raises(ConfigError, match="cudagraph_mode=PIECEWISE .user. can't be honoured on none"):

@@ -119,6 +119,10 @@ class TapeRecording:
         self.steps = tuple(RecordedStep(call.name, hold(call.tensors)) for call in calls)
         self.num_bytes = sum(step.num_bytes for step in self.steps) + hold(results)
         self._held = tuple(held.values())
+        returned = {storage_key(one) for one in results}
+        self._made = [
+            one.untyped_storage() for key, one in held.items() if memory.is_scratch(one) and key not in returned
+        ]
         self._num_threads = torch.get_num_threads()
         self._has_operators = any(isinstance(call, OperatorCall) for call in calls)
         self._parts: list[Callable[[], Any]] = []
@@ -144,6 +148,11 @@ class TapeRecording:
         finally:
             if num_threads != self._num_threads:
                 torch.set_num_threads(num_threads)
+
+    def poison(self) -> None:
+        """As Recording.poison: a replay writes all of it anew, before it reads it."""
+        for storage in self._made:
+            storage.fill_(0xFF)
 
 
 class _Kernels:

@@ -163,6 +163,6 @@ class CpuTarget:
         module.bind(cpu_facts.tensor_data_pointer_function(), tape.tape_address())
         return vars(module)
 
-    def recorder(self) -> Recorder:
-        """A recorder of kernel tapes, whose memory isn't shared: planned memory is."""
+    def recorder(self, *, checks_liveness: bool = False) -> Recorder:
+        """A recorder of kernel tapes, whose memory isn't shared: planned memory is. A tape holds what it reads."""
         return tape.TapeRecorder()

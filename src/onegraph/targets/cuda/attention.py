@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from onegraph.env import environment
 from onegraph.ops import attention, kv_cache
 from onegraph.targets.cuda.launch import kernels, launch
+from onegraph.targets.cuda.varlen import torch_attention
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST = 16
@@ -28,9 +30,13 @@ _SPLIT = 256
 
 
 def implementations() -> dict[str, Callable[..., Any]]:
-    """By op name; each is called with CUDA tensors as its op's schema says. Raises ImportError without Triton."""
+    """By op name; each is called with CUDA tensors as its op's schema says. Raises ImportError without Triton.
+
+    Attention is torch's own where ONEGRAPH_ATTENTION=torch asks for it: ConfigError where this torch can't.
+    """
     kernels()
-    return {"paged_attention": paged_attention, "write_kv_cache": write_kv_cache}
+    attends = torch_attention(paged_attention) if environment().attention == "torch" else paged_attention
+    return {"paged_attention": attends, "write_kv_cache": write_kv_cache}
 
 
 def paged_attention(

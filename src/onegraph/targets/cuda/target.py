@@ -132,6 +132,6 @@ class CudaTarget:
         """The ops of `targets/cuda/attention.py`."""
         return attention.implementations()
 
-    def recorder(self) -> Recorder:
+    def recorder(self, *, checks_liveness: bool = False) -> Recorder:
         """A recorder of CUDA graphs that share a pool of memory."""
-        return CudaGraphRecorder()
+        return CudaGraphRecorder(checks_liveness=checks_liveness)
