@@ -77,8 +77,7 @@ class Recordings:
         self._piecewise: dict[Any, RecordedCall] = {}
         self._block: Block | None = None
         self._of_pieces: dict[int, PieceMemory] = {}
-        self._lock = threading.Lock()
-        self._holder: int | None = None
+        self._turn = recorder.turn
         self._asked: dict[int, tuple[CUDAGraphMode, bool, bool]] = {}
         self._lazy: dict[int, CUDAGraphMode] = {}
         self._told_of_weights = False
@@ -94,11 +93,11 @@ class Recordings:
     def __call__(self, *inputs: Any) -> Any:
         thread = threading.get_ident()
         asked = self._asked.pop(thread, None) if self._asked else None
-        if self._holder == thread:
+        if self._turn.holder == thread:
             return self._unrecorded("inside_of_a_replay", inputs)
-        if not self._lock.acquire(blocking=asked is not None):
+        if not self._turn.lock.acquire(blocking=asked is not None):
             return self._unrecorded("replaying_in_another_thread", inputs)
-        self._holder = thread
+        self._turn.holder = thread
         try:
             if asked is not None:
                 return self._record(*asked, inputs)
@@ -115,8 +114,8 @@ class Recordings:
             else:
                 reason, results = self._why_unrecorded(is_inference), ()
         finally:
-            self._holder = None
-            self._lock.release()
+            self._turn.holder = None
+            self._turn.lock.release()
         return self._unrecorded(reason, inputs) if reason else results
 
     def _why_unrecorded(self, is_inference: bool) -> str:
@@ -170,7 +169,7 @@ class Recordings:
 
     def drop(self, size: int | None, mode: CUDAGraphMode) -> None:
         """Drops the recordings of this mode and size of the first dim."""
-        with self._lock:
+        with self._turn.lock:
             recorded = self._full if mode is FULL else self._piecewise
             for key in [key for key, one in recorded.items() if one.shown.num_tokens == size]:
                 del recorded[key]
@@ -193,7 +192,7 @@ class Recordings:
 
     def forget(self) -> None:
         """Drops all recordings: the pieces that they were made of are replaced."""
-        with self._lock:
+        with self._turn.lock:
             self._full.clear()
             self._piecewise.clear()
             self._dispatchers.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -249,8 +250,19 @@ class Recording(Protocol):
         ...
 
 
+class Turn:
+    """Whose turn it is to record or to replay, among threads and among the parts of a model that share memory."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.holder: int | None = None
+        """The thread that has the lock."""
+
+
 class Recorder(Protocol):
     """Makes recordings of one compiled model, which share memory: one is replayed at a time."""
+
+    turn: Turn
 
     def record(self, run: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> tuple[Recording, Any]:
         """Calls `run`, which works on `inputs` and on memory that it makes; gives what it returned, too.

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from onegraph.ir.recording import RecordedStep
+from onegraph.ir.recording import RecordedStep, Turn
 from onegraph.ops.library import decides_by_values, function_of
 from onegraph.torch_compat.recordable import storage_key, tensors
 from onegraph.torch_compat.recorded_ops import (
@@ -82,6 +82,9 @@ def kernels_recorded(calls: list[Any]) -> Iterator[None]:
 
 class TapeRecorder:
     """Implements `ir.recording.Recorder`."""
+
+    def __init__(self) -> None:
+        self.turn = Turn()
 
     def record(self, run: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> tuple[TapeRecording, Any]:
         """As Recorder.record."""

@@ -18,7 +18,7 @@ from torch import cuda
 from onegraph.eager_breaks import breaks_heard_by
 from onegraph.errors import RecordingError
 from onegraph.garbage import collected_later
-from onegraph.ir.recording import NotRecordableError, RecordedStep
+from onegraph.ir.recording import NotRecordableError, RecordedStep, Turn
 from onegraph.ops.library import function_of
 from onegraph.targets.cpu.tape import kernels_recorded
 from onegraph.targets.cuda.breaks import EagerCall, FirstCall, Inputs, inputs_by_storage, named
@@ -41,6 +41,7 @@ class CudaGraphRecorder:
 
     def __init__(self, *, checks_liveness: bool = False) -> None:
         self._checks_liveness = checks_liveness and LIVENESS in inspect.signature(cuda.graph).parameters
+        self.turn = Turn()
         self._stream: Any = None
         self._pool: Any = None
 
