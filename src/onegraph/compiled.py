@@ -70,6 +70,7 @@ class CompiledModel:
         self._fallbacks: Fallbacks = {}
         self._slots: dict[Any, dict[str, torch.Tensor]] = {}
         self._recording_plan: RecordingPlan | None = None
+        self._planned_for: Built | None = None
         self._building = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +96,7 @@ class CompiledModel:
         args, kwargs = _arguments(example, args, kwargs)
         with self._building:
             built = self._ensure_built(args, kwargs)
-            if built.planned is not None:
+            if built.planned is not None and self._planned_for is not built:
                 self._record_planned(
                     built, *built.planned(args, kwargs, lambda call: self._record_in_slots(built, call))
                 )
@@ -103,12 +104,13 @@ class CompiledModel:
     def _record_planned(self, built: Built, planned: RecordingPlan, calls: Iterable[SizedCall]) -> None:
         self._recording_plan = planned
         log.info("recording %s", "; ".join(planned.lines()))
-        for call in sorted(calls, key=lambda call: -call.size):  # they share memory
-            self._record_in_slots(built, call)
         size = None if planned.first is None else planned.first.num_tokens
         if size is not None and size not in planned.sizes[built.recorded_as]:
-            for recordings in built.recordings:
+            for recordings in built.recordings:  # before others are made, in memory as large as it needs
                 recordings.drop(size, built.recorded_as)
+        for call in sorted(calls, key=lambda call: -call.size):  # they share memory
+            self._record_in_slots(built, call)
+        self._planned_for = built
 
     def _record_in_slots(self, built: Built, call: SizedCall) -> RecordedSize | None:
         """Records the call in the memory of `slots`, where it has declared dims; or tells of what is recorded."""

@@ -30,7 +30,15 @@ def recorded_ahead(module: Any, built: Built, dynamic_shapes: Any, resolved: Res
         )
     if len(dims) > 1:
         return {}
-    choice = SizeChoice.of(resolved.to_dict())
+    padding = [recordings.padding for recordings in built.recordings]
+    pads = all(one is not None and one.why_not is None for one in padding)
+    choice = SizeChoice.of(resolved.to_dict(), pads=pads)
+    if not dims and (choice.traffic or choice.needs_estimate):
+        raise ConfigError(
+            "cudagraph_traffic and cudagraph_memory_mib choose among sizes of a dynamic dim, and there is none",
+            where="recordings",
+            hint="leave them out: warm_up records the call as it is",
+        )
     sizes = choice.sizes(dims[0].min, dims[0].max) if dims and not choice.needs_estimate else ()
     if lazy and choice.needs_estimate:
         raise ConfigError(
@@ -54,11 +62,16 @@ def recorded_ahead(module: Any, built: Built, dynamic_shapes: Any, resolved: Res
         if not dims:
             every = list(calls(sizes=()))
             return RecordingPlan({mode: ()}, "it has no dynamic dims", None, record(every[0])), iter(every)
-        candidates = replace(choice, budget_bytes=None).sizes(dims[0].min, dims[0].max)
-        (largest,) = calls(sizes=candidates[-1:])
-        first = record(largest)
-        chosen = choice.sizes(dims[0].min, dims[0].max, 0.0 if first is None else first.bytes_per_row)
-        plan = RecordingPlan({mode: chosen}, str(choice), None, first, between(chosen, dims[0]), choice.traffic)
+        (dim,) = dims
+        candidates = replace(choice, budget_bytes=None).sizes(dim.min, dim.max)
+        first = None
+        for largest in calls(sizes=candidates[-1:]):
+            first = record(largest)
+        chosen = choice.sizes(dim.min, dim.max, 0.0 if first is None else first.bytes_per_row)
+        without = between(chosen, dim)
+        if pads:
+            without = without[-1:] if without and without[-1].last == dim.max else ()
+        plan = RecordingPlan({mode: chosen}, str(choice), None, first, without, choice.traffic, pads)
         return plan, calls(sizes=chosen)
 
     return {"recorded_as": mode, "planned": planned}

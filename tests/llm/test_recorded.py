@@ -17,7 +17,7 @@ from onegraph.engine.runner import Runner, StepLogits
 from onegraph.engine.startup import WORTH_RECORDING
 from onegraph.errors import ConfigError, RecordingError
 from onegraph.ir.recording import NotRecordableError
-from onegraph.targets.cpu.tape import TapeRecorder
+from onegraph.targets.cpu.tape import TapeRecorder, TapeRecording
 from tests.llm.tiny_llama import MAX_LEN
 
 MODES = ("PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
@@ -296,3 +296,21 @@ def test_an_engine_whose_module_changes_records_again(model_folder: Path, plain:
     with counters.expect(**{"recordings:FULL": 1, "replays:FULL": 5}):
         tokens(llm)
     assert before == tokens(plain)
+
+
+def test_sizes_that_a_region_has_alone(model_folder: Path, plain: LLM) -> None:
+    llm = recorded(model_folder, "FULL_DECODE_ONLY", dynamic_shapes="backed", cudagraph_capture_sizes=[1])
+    with counters.expect(**{"replays:FULL": 5}):
+        assert tokens(llm, PROMPTS[:1]) == tokens(plain, PROMPTS[:1])
+
+
+def test_a_check_that_was_asked_for_is_an_error_where_it_fails(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mode is the default's, and the check isn't: a replay that gives something else ends the request."""
+    llm = LLM(str(model_folder), compilation_config={"cudagraph_debug": True}, **LIMITS)
+    for _ in range(2):
+        tokens(llm)
+    monkeypatch.setattr(TapeRecording, "replay", lambda self: None)
+    with pytest.raises(RecordingError):
+        tokens(llm)

@@ -20,6 +20,7 @@ FULL, PIECEWISE, NONE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE, CUDAGraphMo
 def test_the_grid() -> None:
     assert recorded_sizes((), 1, 32) == (1, 2, 4, 8, 16, 24, 32)
     assert recorded_sizes((), 2, 20) == (2, 4, 8, 16)
+    assert recorded_sizes((), 5, 7) == (7,) and recorded_sizes((), 600, 2000) == ()
     large = recorded_sizes((), 1, 8192)
     assert large[-1] == LARGEST and {256, 272, 288} <= set(large) and 264 not in large
     assert recorded_sizes((8, 3, 3), 1, 8) == (3, 8)
@@ -102,6 +103,13 @@ def test_sizes_are_chosen_by_traffic_and_memory() -> None:
     assert SizeChoice((1, 2, 4, 8), is_default=True).sizes(1, 4) == (1, 2, 4)
     with pytest.raises(ConfigError, match="has 8"):
         SizeChoice((1, 2, 4, 8)).sizes(1, 4)
+
+
+def test_where_nothing_is_padded_the_most_frequent_sizes_are_chosen() -> None:
+    choice = SizeChoice(traffic={1: 5, 3: 900, 20: 70}, pads=False)
+    assert choice.sizes(1, 64) == (1, 3, 20)
+    tight = SizeChoice(traffic={1: 5, 3: 900, 20: 70}, budget_bytes=4, pads=False)
+    assert tight.sizes(1, 64, bytes_per_row=1.0) == (1, 3)
 
 
 def test_padding_is_told() -> None:

@@ -97,7 +97,7 @@ class Default:
     why: str = "default"
 
 
-_OF_RECORDINGS = (
+OF_RECORDINGS = (
     "cudagraph_capture_sizes",
     "cudagraph_traffic",
     "cudagraph_memory_mib",
@@ -107,6 +107,7 @@ _OF_RECORDINGS = (
     "cudagraph_padding",
     "on_memory_change",
 )
+"""Settings of recordings; whoever gives one asks for recordings, or for an error where there can be none."""
 
 ALWAYS: Mapping[str, Any] = {
     "passes": {},
@@ -330,7 +331,7 @@ def _recordable(mode: CompilationMode, rules: DeviceRules) -> set[CUDAGraphMode]
 
 def _refuse_recording_nothing(given: Mapping[str, Default], mode: Default) -> None:
     """A setting of recordings that is asked for where there are none would be ignored."""
-    for name in _OF_RECORDINGS:
+    for name in OF_RECORDINGS:
         if name in given and given[name].value != ALWAYS[name] and mode.value is CUDAGraphMode.NONE:
             raise ConfigError(
                 f"{name}={_jsonable(given[name].value)} ({given[name].why}), and nothing is recorded: "

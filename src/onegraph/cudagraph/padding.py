@@ -30,9 +30,12 @@ def fill_padding(whole: Any, lengths: Mapping[int, int], policy: Policy) -> None
 
 
 def fits(policy: Policy, dtype: torch.dtype) -> bool:
-    """Whether a tensor of the dtype can hold the policy's number; any can where it is none."""
-    if isinstance(policy, str) or dtype.is_floating_point or dtype.is_complex:
+    """Whether a tensor of the dtype can hold the policy's number, to the digit; any can where it is none."""
+    if isinstance(policy, str):
         return True
+    if dtype.is_floating_point or dtype.is_complex:
+        most = torch.finfo(dtype).max
+        return bool(-most <= policy <= most and torch.tensor(float(policy), dtype=dtype).item() == policy)
     if dtype is torch.bool:
         return policy in (0, 1)
     limits = torch.iinfo(dtype)

@@ -28,6 +28,7 @@ _OWN_SIZES = 64
 def recorded_sizes(asked: Sequence[int], least: int, most: int) -> tuple[int, ...]:
     """Ascending sizes within `least..most`: those `asked` for, or 1, 2, 4, 8, by 8 to 256, and by 16 to LARGEST.
 
+    Where none of these is within, it is `most`, if that is no larger than LARGEST.
     Raises ConfigError for an asked size outside of the range.
     """
     if outside := [size for size in asked if not least <= size <= most]:
@@ -39,23 +40,25 @@ def recorded_sizes(asked: Sequence[int], least: int, most: int) -> tuple[int, ..
     if asked:
         return tuple(sorted(set(asked)))
     grid = [1, 2, 4, *range(8, _FINE + 1, 8), *range(_FINE + _COARSE, LARGEST + 1, _COARSE)]
-    return tuple(size for size in grid if least <= size <= most)
+    return tuple(size for size in grid if least <= size <= most) or ((most,) if most <= LARGEST else ())
 
 
 @dataclass(frozen=True)
 class SizeChoice:
     """What sizes are chosen by: those `asked` for, or calls by size (`traffic`) and what recordings may take.
 
-    Sizes that nobody asked for (`is_default`) are left out where they are out of range.
+    Sizes that nobody asked for (`is_default`) are left out where they are out of range. `pads` says whether a call may
+    run at a larger size: if not, those of the most calls are chosen.
     """
 
     asked: tuple[int, ...] = ()
     traffic: Mapping[int, int] = field(default_factory=dict)
     budget_bytes: int | None = None
     is_default: bool = False
+    pads: bool = True
 
     @classmethod
-    def of(cls, settings: Mapping[str, Mapping[str, Any]]) -> SizeChoice:
+    def of(cls, settings: Mapping[str, Mapping[str, Any]], *, pads: bool = True) -> SizeChoice:
         """From effective settings, as `ResolvedConfig.to_dict` gives them."""
         values = {name: one["value"] for name, one in settings.items()}
         return cls(
@@ -63,6 +66,7 @@ class SizeChoice:
             traffic={int(size): count for size, count in values["cudagraph_traffic"].items()},
             budget_bytes=values["cudagraph_memory_mib"] * 2**20 or None,
             is_default=not is_asked(settings["cudagraph_capture_sizes"]["why"]),
+            pads=pads,
         )
 
     @property
@@ -78,8 +82,11 @@ class SizeChoice:
             return grid
         traffic = dict(self.traffic) or dict.fromkeys(range(least, min(most, LARGEST) + 1), 1)
         frequent = sorted((size for size in traffic if least <= size <= most), key=lambda size: -traffic[size])
-        candidates = (*grid, *frequent[:_OWN_SIZES]) if self.traffic else grid
-        found = sizes_for_traffic(traffic, candidates, lambda size: size * bytes_per_row, self.budget_bytes)
+        if self.pads:
+            candidates = (*grid, *frequent[:_OWN_SIZES]) if self.traffic else grid
+            found = sizes_for_traffic(traffic, candidates, lambda size: size * bytes_per_row, self.budget_bytes)
+        else:
+            found = self._most_frequent(frequent if self.traffic else grid, bytes_per_row)
         if not found:
             budget = "" if self.budget_bytes is None else f" within {self.budget_bytes / 2**20:.0f} MiB"
             raise ConfigError(
@@ -89,6 +96,15 @@ class SizeChoice:
                 hint="allow more memory, or give sizes that there are calls of",
             )
         return found
+
+    def _most_frequent(self, candidates: Sequence[int], bytes_per_row: float) -> tuple[int, ...]:
+        """As many of the candidates, the first ones first, as the budget has room for."""
+        left, found = self.budget_bytes, []
+        for size in candidates[:_OWN_SIZES]:
+            if left is None or size * bytes_per_row <= left:
+                found.append(size)
+                left = None if left is None else int(left - size * bytes_per_row)
+        return tuple(sorted(found))
 
     def __str__(self) -> str:
         if self.asked:

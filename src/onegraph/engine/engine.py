@@ -154,6 +154,10 @@ class Engine:
         """Why nothing is recorded where that was to be tried; None where something is, or nothing was to be."""
         return self._runner.unrecordable
 
+    def record_nothing(self, why: str) -> None:
+        """No batch is recorded; `unrecordable` says why."""
+        self._runner.record_nothing(why)
+
     def record_largest(self, batches: RecordedBatches) -> RecordedSize:
         """Records the largest of the batches, and tells what it took. Raises RecordingError."""
         return self._runner.record_largest(batches)

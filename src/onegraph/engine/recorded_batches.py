@@ -129,12 +129,9 @@ class RecordedBatches:
 
 
 def shown_padding(
-    inputs: Iterable[StepInput], recorded: Iterable[RecordedSize]
+    inputs: Iterable[StepInput], sizes: Mapping[CUDAGraphMode, Iterable[int]]
 ) -> tuple[tuple[StepInput, ...], tuple[PaddedSizes, ...]]:
-    """The model's inputs with what stands in their padding, and which batches are padded, by their tokens."""
-    sizes: dict[CUDAGraphMode, set[int]] = {}
-    for one in recorded:
-        sizes.setdefault(one.mode, set()).add(one.num_tokens or 0)
+    """The model's inputs with what stands in their padding, and which batches are padded to these, by their tokens."""
     policies = {} if not sizes else PADDING if CUDAGraphMode.FULL in sizes else _OF_TOKENS
     named = tuple(replace(one, padding=policies.get(one.name)) for one in inputs)
     return named, tuple(gap for mode, found in sizes.items() for gap in padded_sizes(found, 1, mode))

@@ -133,12 +133,11 @@ class Runner:
 
     def record_largest(self, batches: RecordedBatches) -> RecordedSize:
         """Records the largest of the batches, and tells what it took. Raises RecordingError."""
-        largest = batches.largest
+        largest, before = batches.largest, self._model.explain().recorded
         with torch.inference_mode():
             self._model.record(self._inputs(**batches.padding(largest)), recorded_as=largest.mode)
         self._largest = largest
-        made = self._model.explain().recorded
-        return next(one for one in made if (one.num_tokens, one.mode) == (largest.size, largest.mode))
+        return next(one for one in self._model.explain().recorded if not any(one is known for known in before))
 
     def record(
         self,
@@ -181,14 +180,14 @@ class Runner:
     def _record(self, batches: RecordedBatches, decision: Decision) -> None:
         try:
             self._model.record(self._inputs(**batches.padding(decision)), recorded_as=decision.mode)
-        except RecordingError as error:
+        except Exception as error:
             if not self._records_if_it_can:
                 raise
-            self._record_nothing(error.message)
+            self.record_nothing(error.message if isinstance(error, RecordingError) else repr(error))
 
-    def _record_nothing(self, why: str) -> None:
+    def record_nothing(self, why: str) -> None:
         """From now on no batch is padded, and none replayed."""
-        log.info("nothing is recorded: %s", why)
+        log.warning("nothing is recorded: %s", why)
         for one in self._model.explain().recorded:
             self._model.drop_recording(one.num_tokens, one.mode)
         counters.add("engines_without_recordings")
@@ -312,7 +311,7 @@ class Runner:
         except RecordingError as error:
             if not self._records_if_it_can or self._recorded is None:
                 raise
-            self._record_nothing(error.message)
+            self.record_nothing(error.message)
             return self._forward(inputs)
         except Exception as error:
             if not self._model.demote(error):

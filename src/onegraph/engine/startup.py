@@ -16,7 +16,7 @@ from onegraph import api
 from onegraph.compiled import CompiledModel
 from onegraph.config.compilation import CUDAGraphMode
 from onegraph.config.engine import EngineConfig
-from onegraph.config.resolve import is_asked
+from onegraph.config.resolve import OF_RECORDINGS, is_asked
 from onegraph.cudagraph.sizes import SizeChoice
 from onegraph.engine.assemble import assemble_engine
 from onegraph.engine.engine import Engine
@@ -25,6 +25,7 @@ from onegraph.engine.limits import Limits, resolve_limits
 from onegraph.engine.progress import Progress, bar
 from onegraph.engine.recorded_batches import RecordedBatches, shown_padding
 from onegraph.engine.text import Text
+from onegraph.errors import RecordingError
 from onegraph.explanation import Explanation
 from onegraph.garbage import collected_later
 from onegraph.ir.recording import RecordingPlan
@@ -73,7 +74,7 @@ class Started:
         if plan is not None:
             plan = None if why_not is not None else replace(plan, traffic=self.engine.traffic or plan.traffic)
         more = [] if why_not is None else [f"nothing is recorded: {why_not}"]
-        inputs, padded = shown_padding(explanation.recorded_inputs, explanation.recorded)
+        inputs, padded = shown_padding(explanation.recorded_inputs, {} if plan is None else plan.sizes)
         return replace(
             explanation,
             device=describe_target(self.target),
@@ -142,8 +143,15 @@ def _record(compiled: CompiledModel, engine: Engine, limits: Limits, progress: P
         max_blocks=limits.max_blocks_per_seq,
     )
     batches, first = planned(replace(choice, budget_bytes=None)), None
+    if_it_can = not any(is_asked(settings[name]["why"]) for name in ("cudagraph_mode", *OF_RECORDINGS))
     if choice.needs_estimate or lazily_at is None:
-        first = engine.record_largest(batches)
+        try:
+            first = engine.record_largest(batches)
+        except RecordingError as error:
+            if not if_it_can:
+                raise
+            engine.record_nothing(error.message)
+            return None
         batches = planned(choice, bytes_per_row=first.bytes_per_row)
     plan = batches.plan(choice, lazily_at=lazily_at, first=first, max_num_tokens=limits.max_num_batched_tokens)
     log.info("recordings: %s", "; ".join(plan.lines()))
@@ -151,7 +159,7 @@ def _record(compiled: CompiledModel, engine: Engine, limits: Limits, progress: P
         batches,
         lambda done, total: progress("record", f"{done} of {total} sizes"),
         lazily_at=lazily_at,
-        if_it_can=not is_asked(settings["cudagraph_mode"]["why"]),
+        if_it_can=if_it_can,
     )
     return plan
 

@@ -65,7 +65,10 @@ def padded_sizes(sizes: Iterable[int], least: int | None, mode: CUDAGraphMode) -
 
 def padding_lines(padded: Sequence[PaddedSizes], inputs: Iterable[StepInput]) -> list[str]:
     """A line that says what is padded to which size, with the part that is padding, and what stands there."""
-    told = [f"{one} as {one.size} ({one.share:.0%})" for one in padded[:_LISTED]]
+    several = len({one.mode for one in padded}) > 1
+    told = [
+        f"{one} as {one.size} ({f'{one.mode.name}, ' if several else ''}{one.share:.0%})" for one in padded[:_LISTED]
+    ]
     more = [f"{len(padded) - _LISTED} more"] if len(padded) > _LISTED else []
     policies = [f"{one.name} {one.padding}" for one in inputs if one.padding is not None]
     return [f"{', '.join([*told, *more])}; with {', '.join(policies)}"] if padded else []

@@ -96,7 +96,7 @@ class RecordingPlan:
 
     `sizes` are those of each mode, `chosen` says how they came about. With `lazily_at` each is recorded when it comes
     for so many times. `first` is the recording of the largest, which is made first, and tells what others will cost.
-    `traffic` are calls by size, if any are known.
+    `traffic` are calls by size, if any are known. `pads` says whether calls run at the next larger size.
     """
 
     sizes: Mapping[CUDAGraphMode, tuple[int, ...]]
@@ -105,20 +105,22 @@ class RecordingPlan:
     first: RecordedSize | None = None
     uncovered: tuple[Uncovered, ...] = ()
     traffic: Mapping[int, int] = field(default_factory=dict)
+    pads: bool = True
 
     @property
     def num_bytes(self) -> int | None:
         """About as much as all recordings hold, or less, since they share memory."""
         if self.first is None:
             return None
-        return int(sum(sum(sizes) for sizes in self.sizes.values()) * self.first.bytes_per_row)
+        rows = sum(sum(sizes) for sizes in self.sizes.values()) if self.first.num_tokens else 1
+        return int(rows * self.first.bytes_per_row)
 
     @property
     def seconds(self) -> float | None:
         """About as long as recording takes, or less, since smaller calls are faster."""
         if self.first is None:
             return None
-        return sum(len(sizes) for sizes in self.sizes.values()) * self.first.seconds
+        return sum(len(sizes) or 1 for sizes in self.sizes.values()) * self.first.seconds
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -127,7 +129,7 @@ class RecordingPlan:
             "lazily_at": self.lazily_at,
             "expected_bytes": self.num_bytes,
             "expected_seconds": None if self.seconds is None else round(self.seconds, 3),
-            "padding": {mode.name: self._padding(sizes) for mode, sizes in self.sizes.items() if sizes},
+            "padding": {mode.name: self._padding(sizes) for mode, sizes in self.sizes.items() if sizes and self.pads},
             "uncovered": [one.to_dict() for one in self.uncovered],
             "traffic": {str(size): count for size, count in sorted(self.traffic.items())},
         }
@@ -141,13 +143,16 @@ class RecordingPlan:
         """A line for each mode, and one for each kind of call that isn't covered."""
         found = []
         for mode, sizes in self.sizes.items():
-            if not sizes:
+            if not sizes and self.first is None:
+                found.append(f"{mode.name}: nothing, for no size that is recorded by itself is in range")
                 continue
-            padding = self._padding(sizes)
-            told = f"{mode.name} at {_told(sizes)} ({self.chosen})"
+            at = f" at {_told(sizes)}" if sizes else ""
+            told = f"{mode.name}{at} ({self.chosen})"
             if self.lazily_at is not None:
                 time = "first comes" if self.lazily_at == 1 else f"comes for the {self.lazily_at}th time"
                 told += f", each when it {time}"
+            nothing: dict[str, Any] = {"at": 0, "runs_as": 0, "of_traffic": None}
+            padding = self._padding(sizes) if sizes and self.pads else nothing
             if padding["at"] < padding["runs_as"]:
                 told += f"; at most {padding['most']:.0%} padding: {padding['at']} runs as {padding['runs_as']}"
             if padding["of_traffic"] is not None:
