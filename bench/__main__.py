@@ -124,9 +124,7 @@ class Harness:
         for repeat in range(self.repeats):
             for engine in engines:
                 asked = [one for one in chosen if engine in chosen[one]]
-                for one, run in zip(
-                    asked, self._run(engine, asked, self._cache(engine, asked[0], repeat)), strict=True
-                ):
+                for one, run in zip(asked, self._run(engine, asked, self._cache(engine, asked, repeat)), strict=True):
                     tell(one.name, f"{repeat + 1}/{self.repeats}", engine, run)
                     runs[one][engine].append(run)
         facts = {}
@@ -161,12 +159,16 @@ class Harness:
         add_ratios(found)
         return {"workload": asdict(workload), "engines": found}
 
-    def _cache(self, engine: str, workload: Workload, repeat: int) -> Path:
-        """An empty cache, or the engine's filled one: by a measured cold start, else by an unmeasured one."""
-        if workload.cache == "empty":
-            return self.folder / f"{workload.name}-{engine}-{repeat}"
+    def _cache(self, engine: str, workloads: list[Workload], repeat: int) -> Path:
+        """An empty cache, or the engine's filled one: by a measured cold start, else by an unmeasured one.
+
+        For generation alone nothing is filled before: its unmeasured round compiles, and some starts take minutes.
+        """
+        if workloads[0].cache == "empty":
+            return self.folder / f"{workloads[0].name}-{engine}-{repeat}"
         if engine not in self.filled:
-            self._run(engine, [WORKLOADS["cold_start"]], self.folder / f"filled-{engine}")
+            if any(workload.measure == "first_token" for workload in workloads):
+                self._run(engine, [WORKLOADS["cold_start"]], self.folder / f"filled-{engine}")
             self.filled.setdefault(engine, self.folder / f"filled-{engine}")
         return self.filled[engine]
 

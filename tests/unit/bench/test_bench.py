@@ -183,6 +183,19 @@ def test_a_cold_start_that_was_measured_fills_the_cache(tmp_path: Path, monkeypa
     ]
 
 
+def test_generation_alone_needs_no_start_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, str]] = []
+
+    def run_once(engine: str, model: Path, workloads: list[Workload], cache: Path, *more: Any) -> list[dict[str, Any]]:
+        ran.append((" ".join(workload.name for workload in workloads), cache.name))
+        return [{"seconds": 1.0, "tokens": 1, "peak_rss_mib": 1}] * len(workloads)
+
+    monkeypatch.setattr("bench.__main__.run_once", run_once)
+    generation = {WORKLOADS["single_stream"]: ["a"], WORKLOADS["offline"]: ["a"]}
+    Harness(tmp_path, tmp_path, repeats=2, timeout_s=1.0).measure(generation)
+    assert ran == [("single_stream offline", "filled-a")] * 2
+
+
 def flags(**changed: Any) -> argparse.Namespace:
     given = {
         "workloads": "offline,server",
