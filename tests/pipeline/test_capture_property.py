@@ -495,9 +495,9 @@ def test_a_build_without_the_input_contract_is_caught(tmp_path: Path) -> None:
 def test_a_build_that_binds_its_weights_once_is_caught(tmp_path: Path) -> None:
     original = onegraph.pipeline.bind_weights
 
-    def bind_once(call: Any, graph_weights: Any, *args: Any) -> BoundWeights:
+    def bind_once(call: Any, graph_weights: Any, *args: Any, **how: Any) -> BoundWeights:
         weights = [weight.holder[weight.key].detach().clone() for weight in graph_weights]
         run = torch.no_grad()(lambda *inputs: call(*weights, *inputs))
-        return dataclasses.replace(original(call, graph_weights, *args), run=run, fit=lambda: True)
+        return dataclasses.replace(original(call, graph_weights, *args, **how), run=run, fit=lambda: True)
 
     caught(["replaced_weights"], lambda patch: patch.setattr(onegraph.pipeline, "bind_weights", bind_once), tmp_path)

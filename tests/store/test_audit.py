@@ -165,10 +165,10 @@ def test_a_setting_that_ends_in_an_error_of_another_kind_is_found(monkeypatch: p
 
 
 def test_from_outside(fresh_cache: Path) -> None:
-    words = ("cache", "audit", *MODEL_FLAGS, "--only", "field.backend", "field.cudagraph_lazy", "torch.deterministic")
+    words = ("cache", "audit", *MODEL_FLAGS, "--only", "field.backend", "field.cudagraph_check", "torch.deterministic")
     told = command(fresh_cache, *words, "--all")
     assert "fine              torch.deterministic=True: settings changed, 3 new keys; index: another key" in told
-    assert "refused           field.cudagraph_lazy=true:" in told and told.endswith("all good\n")
+    assert "refused           field.cudagraph_check=always:" in told and told.endswith("all good\n")
     assert "builtin, backend=inductor: 5 compiled pieces" in told and not tree(fresh_cache)
 
 

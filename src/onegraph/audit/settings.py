@@ -151,6 +151,7 @@ def _variables() -> Iterator[Perturbation]:
         "ONEGRAPH_DISABLE_COMPILE_CACHE": "1",
         "ONEGRAPH_COMPILATION_CONFIG": json.dumps({"level": 1}),
         "ONEGRAPH_COMPILE_CACHE_SAVE_FORMAT": "unpacked",
+        "ONEGRAPH_ATTENTION": "torch",
         "ONEGRAPH_LOG_LEVEL": "DEBUG",
         "ONEGRAPH_ALLOW_UNTESTED_TORCH": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
