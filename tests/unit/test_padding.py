@@ -36,8 +36,10 @@ def test_policies(policy: Any, expected: list[list[int]], made_by: Any) -> None:
 
 
 def test_numbers_that_a_dtype_has() -> None:
-    assert fits(-1, torch.int64) and fits(127, torch.int8) and fits(1, torch.bool) and fits(10**9, torch.float16)
+    assert fits(-1, torch.int64) and fits(127, torch.int8) and fits(1, torch.bool) and fits(2048, torch.float16)
+    assert fits(10**9, torch.float64) and fits(-1, torch.bfloat16)
     assert not fits(-1, torch.uint8) and not fits(128, torch.int8) and not fits(2, torch.bool)
+    assert not fits(10**9, torch.float16) and not fits(257, torch.bfloat16) and not fits(10**400, torch.float32)
     assert fits("last", torch.uint8)
 
 
