@@ -7,6 +7,7 @@ that is checked, and an error where it isn't. Merged weights stand behind the we
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,20 @@ class BoundWeights:
     changes: Callable[[], tuple[tuple[StateEntry, str], ...]]
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """Weights as one look found them; no two looks have the same `number`.
+
+    `version` is that of what is merged, `asked` what `fit` had left by then.
+    """
+
+    weights: list[Any]
+    merged: Sequence[Any]
+    version: int | None
+    asked: object
+    number: int
+
+
 def bind_weights(
     call: GraphCallable,
     graph_weights: Sequence[WeightInput],
@@ -45,15 +60,15 @@ def bind_weights(
     tensors: Sequence[int],
     groups: BoundGroups | None = None,
     *,
-    looked: Callable[[], None] | None = None,
+    told: Callable[[int], None] | None = None,
 ) -> BoundWeights:
     """The weights of a graph bound to `call`, which takes the weights, those merged in `groups`, and the inputs.
 
     None of the inputs `tensors`, by their indices, may overlap another one or a weight in memory, in any call: a
     graph that changes inputs was compiled knowing which do.
 
-    With `looked`, the module's owner says when weights may have been replaced or moved, by `fit()`: they are looked at
-    in the first call after it, which tells by `looked()`, and are taken as they are in others.
+    With `told`, the module's owner says when weights may have been replaced or moved, by `fit()`: they are looked at in
+    the first call after it, and are taken as they were then in others. Each call tells of which look it has them.
     """
     places = [(weight.holder, weight.key) for weight in graph_weights]
     known = [holder[key] for holder, key in places]
@@ -63,11 +78,13 @@ def bind_weights(
     by_storage = _by_storage(known) if tensors else {}
     version = None if groups is None else groups.version
     is_grad_enabled, is_not = torch.is_grad_enabled, operator.is_not
-    seen: tuple[list[Any], Sequence[Any], int | None] | None = None
+    asked, numbers = object(), itertools.count()
+    seen: _Seen | None = None
 
-    def standing() -> tuple[list[Any], Sequence[Any], int | None]:
-        """The weights and merged weights that stand in their places now, and the version of what is merged."""
+    def standing() -> _Seen:
+        """What stands in its place now."""
         nonlocal known, by_storage
+        now = asked
         try:
             weights = [holder[key] for holder, key in places]
         except (KeyError, ValueError):  # deleted, from a dict or a closure
@@ -78,18 +95,17 @@ def bind_weights(
         elif not same_kinds(weights):  # module.to(dtype) and .data = keep the Parameter
             _check_replaced(graph_weights, weights, facts)
         merged = () if groups is None else groups.tensors(weights)
-        return weights, merged, None if groups is None else groups.version
+        return _Seen(weights, merged, None if groups is None else groups.version, now, next(numbers))
 
     def run(*inputs: Any) -> Any:
         nonlocal by_storage, version, seen
-        if seen is None or (groups is not None and seen[2] != groups.version):
+        found = seen
+        if found is None or found.asked is not asked or (groups is not None and found.version != groups.version):
             found = standing()
-            if looked is not None:
-                seen = found
-                looked()
-        else:
-            found = seen
-        weights, merged, _ = found
+        if told is not None:
+            seen = found
+            told(found.number)
+        weights, merged = found.weights, found.merged
         if tensors:
             if groups is not None and version != groups.version:
                 version, by_storage = groups.version, _by_storage(weights)
@@ -103,8 +119,8 @@ def bind_weights(
         return call(*weights, *merged, *inputs)
 
     def fit() -> bool:
-        nonlocal seen
-        seen = None
+        nonlocal asked
+        asked = object()
         weights = _standing(places)
         if any(map(is_not, weights, known)):
             return list(map(_facts, weights)) == facts

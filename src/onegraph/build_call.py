@@ -106,11 +106,11 @@ class BuildCall:
             return None
         return self.target.recorder(checks_liveness=self.config.cudagraph_check == "always")
 
-    def told_of_weights(self, recordings: Recordings | None) -> Callable[[], None] | None:
-        """What is done once the module's owner has said that weights may have moved; None where nobody says so."""
+    def told_of_weights(self, recordings: Recordings | None) -> Callable[[int], None] | None:
+        """What hears of looks at the weights; None where the module's owner doesn't say when they may have moved."""
         if self.state_checked != "event" or self.config.freeze:
             return None
-        return (lambda: None) if recordings is None else recordings.weights_may_have_moved
+        return (lambda look: None) if recordings is None else recordings.weights_are_of
 
     def with_checks(self, built: Built, reads: Iterable[StateRead], weights: Sequence[BoundWeights]) -> Built:
         """The build with the check of Python's state, unless the user promised that nothing changes."""

@@ -212,8 +212,8 @@ def _specialise(
         mutates_inputs = any(piece.mutates_inputs for compiled in pieces for piece in compiled)
         tensors = [i for i, fake in enumerate(inputs) if isinstance(fake, torch.Tensor) and mutates_inputs]
         refuse_overlap(captured, tensors)
-        looked = call.told_of_weights(recordings)
-        weights = bind_weights(checked, captured.weights, captured.input_names, tensors, groups, looked=looked)
+        told = call.told_of_weights(recordings)
+        weights = bind_weights(checked, captured.weights, captured.input_names, tensors, groups, told=told)
     made = Specialised(
         captured=captured,
         region=region,

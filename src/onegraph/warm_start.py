@@ -285,8 +285,8 @@ def _revived(record: RegionRecord, trace: RevivedTrace, call: BuildCall, recorde
         groups = bind_groups(owned, trace.weights, record.groups, target.required_alignment)
     mutates_inputs = any(piece.facts.mutates_inputs for pieces in record.pieces for piece in pieces)
     tensors = [index for index, is_tensor in enumerate(record.trace.is_tensor) if is_tensor and mutates_inputs]
-    names, looked = record.trace.input_names, call.told_of_weights(recordings)
-    weights = bind_weights(recordings or run, trace.weights, names, tensors, groups, looked=looked)
+    names, told = record.trace.input_names, call.told_of_weights(recordings)
+    weights = bind_weights(recordings or run, trace.weights, names, tensors, groups, told=told)
     return RevivedRegion(trace, record, weights, trace.call.make_callable(weights.run), recordings)
 
 

@@ -44,7 +44,12 @@ def module() -> Attention:
     return Attention().eval()
 
 
-def bound(m: Attention, store: WeightStore | None = None, mutates_inputs: bool = False) -> BoundWeights:
+def bound(
+    m: Attention,
+    store: WeightStore | None = None,
+    mutates_inputs: bool = False,
+    told: Callable[[int], None] | None = None,
+) -> BoundWeights:
     """The module with its three weights merged, as a pass would have it."""
     graph = torch.fx.Graph()
     for index in range(len(NAMES)):
@@ -64,7 +69,8 @@ def bound(m: Attention, store: WeightStore | None = None, mutates_inputs: bool =
 
     merged = [MergedWeight("merged", ("weight_0", "weight_1", "weight_2"))]
     groups = bind_groups(store or WeightStore(m), captured.weights, group_indices(captured, merged), int)
-    return bind_weights(call, captured.weights, captured.input_names, [0] if mutates_inputs else [], groups)
+    tensors = [0] if mutates_inputs else []
+    return bind_weights(call, captured.weights, captured.input_names, tensors, groups, told=told)
 
 
 def in_place(m: Attention) -> None:
@@ -325,3 +331,31 @@ def test_inductor_and_a_warm_start(fresh_cache: Path) -> None:
         pieces = compiled.explain().to_dict()["pieces"]
         assert {one["store"] for piece in pieces for one in piece["ranges"]} == {store}
         assert is_merged(m)
+
+
+def test_an_owner_s_weights_are_looked_at_once_after_it_has_said_so() -> None:
+    looks: list[int] = []
+    m, x = module(), torch.randn(3, 8)
+    weights = bound(m, told=looks.append)
+    first = weights.run(x)
+    m.q.weight = nn.Parameter(torch.randn_like(m.q.weight))
+    assert torch.equal(weights.run(x), first), "nobody has said so yet"
+    assert weights.fit()
+    assert not torch.equal(weights.run(x), first)
+    assert looks[0] == looks[1] != looks[2]
+
+
+def test_what_an_owner_says_while_a_call_looks_is_not_lost() -> None:
+    """Another thread replaces a weight and says so after this call's look, before the call is done."""
+    m, x = module(), torch.randn(3, 8)
+    other = nn.Parameter(torch.randn_like(m.q.weight))
+
+    def told(look: int) -> None:
+        if m.q.weight is not other:
+            m.q.weight = other
+            assert weights.fit()
+
+    weights = bound(m, told=told)
+    before = weights.run(x)
+    after = weights.run(x)
+    assert not torch.equal(before, after) and torch.equal(after, bound(m).run(x))

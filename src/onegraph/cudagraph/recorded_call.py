@@ -35,8 +35,8 @@ class RecordedCall:
     """So many of them, the first, are weights."""
     made_by: Sequence[Recording | ReplayedPiece]
     """Its recordings, whose memory `poison` overwrites."""
-    has_looked: bool = False
-    """Whether the weights' addresses were compared since they may have moved."""
+    look: int | None = None
+    """The look at the module whose weights were compared last."""
     given: list[tuple[int, weakref.ref[torch.Tensor]]] = field(default_factory=list)
 
 

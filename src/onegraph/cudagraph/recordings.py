@@ -80,7 +80,7 @@ class Recordings:
         self._turn = recorder.turn
         self._asked: dict[int, tuple[CUDAGraphMode, bool, bool]] = {}
         self._lazy: dict[int, CUDAGraphMode] = {}
-        self._told_of_weights = False
+        self._looks: dict[int, int] = {}
         self._padding: PaddedCalls | None = None
         self._dispatchers: dict[bool, Dispatcher] = {}
 
@@ -158,14 +158,12 @@ class Recordings:
         """
         self._lazy = dict.fromkeys(sizes, mode)
 
-    def weights_may_have_moved(self) -> None:
-        """Has the next replay of each recording look at its weights; from then on others don't, unless always checked.
+    def weights_are_of(self, look: int) -> None:
+        """Tells that this thread's next call has its weights from a certain look at the module.
 
-        For an owner of the module who says when.
+        A recording compares their addresses once for each look, unless it always checks.
         """
-        self._told_of_weights = not self._checks_always
-        for one in (*self._full.values(), *self._piecewise.values()):
-            one.has_looked = False
+        self._looks[threading.get_ident()] = look
 
     def drop(self, size: int | None, mode: CUDAGraphMode) -> None:
         """Drops the recordings of this mode and size of the first dim."""
@@ -266,9 +264,10 @@ class Recordings:
 
     def _has_moved(self, found: RecordedCall, inputs: tuple[Any, ...]) -> bool:
         """Whether memory that was recorded lies elsewhere in this call: RecordingError, unless it is recorded again."""
-        skipped = found.num_weights if found.has_looked and self._told_of_weights else 0
+        look = None if self._checks_always else self._looks.get(threading.get_ident())
+        skipped = found.num_weights if look is not None and found.look == look else 0
         if [inputs[i].data_ptr() for i in found.pinned[skipped:]] == found.addresses[skipped:]:
-            found.has_looked = True
+            found.look = look
             return False
         pinned = [inputs[i] for i in found.pinned]
         counters.add("recordings_with_moved_memory")
