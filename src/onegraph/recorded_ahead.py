@@ -46,6 +46,13 @@ def recorded_ahead(module: Any, built: Built, dynamic_shapes: Any, resolved: Res
             where="recordings",
             hint="leave one of the two out",
         )
+    if lazy and not sizes:
+        raise ConfigError(
+            f"cudagraph_lazy records sizes when they first come, and of those in {dims[0].min}..{dims[0].max} none is "
+            "recorded by itself",
+            where="recordings",
+            hint="give cudagraph_capture_sizes",
+        )
     if lazy:
         for recordings in built.recordings:
             recordings.record_lazily(mode, sizes)

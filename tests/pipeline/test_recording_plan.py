@@ -96,6 +96,10 @@ def test_a_range_that_no_size_is_in() -> None:
         plan = compiled.explain().to_dict()["plan"]
         assert [one["num_tokens"] for one in plan["sizes"]] == recorded
         assert plan["planned"]["uncovered"]
+    config = {"backend": "eager", "cudagraph_mode": "FULL", "cudagraph_lazy": True}
+    compiled = onegraph.compile(Wide(), dynamic_shapes={"x": {0: Dim("n", min=600, max=2000)}}, config=config)
+    with torch.inference_mode(), pytest.raises(ConfigError, match="of those in 600..2000 none is recorded by itself"):
+        compiled.warm_up({"x": torch.randn(600, 16)})
 
 
 def test_the_plan_is_told_before_anything_is_recorded(caplog: pytest.LogCaptureFixture) -> None:
