@@ -146,6 +146,14 @@ class LLM:
         with self._generating:
             return self.engine.check(num_sizes)
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets the KV of all prompts. Weights that are written or replaced are seen, and need no call of this.
+
+        What torch doesn't count isn't: `weight.data.copy_(…)`, or another process that writes shared memory.
+        """
+        with self._generating:
+            self.engine.reset()
+
     def save(self, file: str | os.PathLike[str]) -> None:
         """Writes what was compiled to one file, for `LLM(artifact=file)`: no weights.
 

@@ -54,6 +54,29 @@ def test_a_change_between_requests_is_seen(name: str, model_folder: Path) -> Non
         assert generated(llm) == generated(eager)
 
 
+@torch.no_grad()
+def test_no_prefix_of_other_weights_is_used(model_folder: Path) -> None:
+    prompt = {"prompt_token_ids": [*range(1, 40)]}  # two blocks, and more
+
+    def tokens(llm: LLM) -> tuple[list[int], int]:
+        output = llm.generate(prompt, GREEDY, use_tqdm=False)[0]
+        return list(output.outputs[0].token_ids), output.metrics.num_cached_tokens
+
+    eager = started(model_folder, enforce_eager=True)
+    llm = LLM(str(model_folder), dtype="float32", num_kv_blocks=64, compilation_config=CONFIG)
+    for name, change in CHANGES.items():
+        tokens(llm)
+        assert tokens(llm) == (tokens(eager)[0], 32)
+        for one in (llm, eager):
+            change(attention(one))
+        assert tokens(llm) == (tokens(eager)[0], 0), name
+    for one in (llm, eager):
+        weight = attention(one).o_proj.weight
+        weight.data.copy_(other(weight))  # torch counts no write of the tensor for this
+    llm.reset_prefix_cache()
+    assert tokens(llm) == (tokens(eager)[0], 0)
+
+
 def test_its_weights_are_merged(model_folder: Path) -> None:
     llm = started(model_folder, compilation_config=CONFIG)
     layer = attention(llm)

@@ -121,6 +121,8 @@ class Engine:
             raise ConfigError(f"request_id={request_id!r} is already in use", hint="give another")
         if not self._requests:
             self._runner.check_state()  # the event at which an idle engine's module may have changed
+            if self._scheduler.enable_prefix_caching and self._runner.weights_changed():
+                self._scheduler.reset()  # blocks that other weights have computed
         request = Request(request_id, prompt, tuple(prompt_token_ids), params, stream)
         room = self.limits.max_model_len - len(prompt_token_ids)
         for index in range(params.n):

@@ -15,6 +15,7 @@ import numpy as np
 from onegraph.config.compilation import CUDAGraphMode
 from onegraph.cudagraph.padding import fill_padding
 from onegraph.cudagraph.sizes import Decision, Dispatcher, SizeChoice
+from onegraph.errors import RecordingError
 from onegraph.ir.padding import PaddedSizes, Policy, StepInput, padded_sizes
 from onegraph.ir.recording import RecordedSize, RecordingPlan, Uncovered
 
@@ -126,6 +127,11 @@ class RecordedBatches:
             shapes |= dict.fromkeys(_OF_REQUESTS, (num_reqs,))
             shapes |= {"query_start_loc": (num_reqs + 1,), "block_tables": (num_reqs, self.max_blocks_per_seq)}
         return arrays | {name: _extended(arrays[name], shape, PADDING[name]) for name, shape in shapes.items()}
+
+
+def why_unrecordable(error: Exception) -> str:
+    """In words, for recordings that are made if they can be."""
+    return error.message if isinstance(error, RecordingError) else repr(error)
 
 
 def shown_padding(

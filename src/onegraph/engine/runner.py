@@ -20,9 +20,10 @@ from onegraph.counters import counters
 from onegraph.cudagraph.sizes import Decision, Dispatcher
 from onegraph.engine.block_tables import BlockTables
 from onegraph.engine.kv_cache import KVCaches
-from onegraph.engine.recorded_batches import Arrays, RecordedBatches
+from onegraph.engine.recorded_batches import Arrays, RecordedBatches, why_unrecordable
 from onegraph.engine.request import Sequence
 from onegraph.engine.scheduler import Batch
+from onegraph.engine.weights_seen import WeightsSeen
 from onegraph.errors import ConfigError, RecordingError, ShapeOutOfRangeError
 from onegraph.explanation import Explanation
 from onegraph.ir.recording import RecordedSize
@@ -93,6 +94,7 @@ class Runner:
         self, model: Model, kv_caches: KVCaches, tables: BlockTables, *, block_size: int, max_num_tokens: int
     ) -> None:
         self._model = model
+        self._weights = WeightsSeen(model.original)
         self._kv_caches = kv_caches
         self._tables = tables
         self._block_size = block_size
@@ -168,6 +170,8 @@ class Runner:
             progress(done, total)
             with torch.inference_mode():
                 self._record(batches, Decision(mode, size, "exact"))
+            if self.unrecordable is not None:
+                break
         self._to_record.clear()
 
     def _all_to_record(self) -> set[tuple[CUDAGraphMode, int]]:
@@ -183,7 +187,7 @@ class Runner:
         except Exception as error:
             if not self._records_if_it_can:
                 raise
-            self.record_nothing(error.message if isinstance(error, RecordingError) else repr(error))
+            self.record_nothing(why_unrecordable(error))
 
     def record_nothing(self, why: str) -> None:
         """From now on no batch is padded, and none replayed."""
@@ -295,6 +299,10 @@ class Runner:
             holds = self._model.check_state()
         if not holds:
             self._to_record = self._all_to_record()  # what is captured anew has no recordings
+
+    def weights_changed(self) -> bool:
+        """Whether one was written or replaced since this was last asked, as far as torch counts that."""
+        return self._weights.changed()
 
     def _forward(self, inputs: dict[str, Any]) -> Any:
         """The compiled model, or the model itself for a batch outside the sizes that it was compiled for.

@@ -23,9 +23,8 @@ from onegraph.engine.engine import Engine
 from onegraph.engine.kv_cache import LayerKV
 from onegraph.engine.limits import Limits, resolve_limits
 from onegraph.engine.progress import Progress, bar
-from onegraph.engine.recorded_batches import RecordedBatches, shown_padding
+from onegraph.engine.recorded_batches import RecordedBatches, shown_padding, why_unrecordable
 from onegraph.engine.text import Text
-from onegraph.errors import RecordingError
 from onegraph.explanation import Explanation
 from onegraph.garbage import collected_later
 from onegraph.ir.recording import RecordingPlan
@@ -147,10 +146,10 @@ def _record(compiled: CompiledModel, engine: Engine, limits: Limits, progress: P
     if choice.needs_estimate or lazily_at is None:
         try:
             first = engine.record_largest(batches)
-        except RecordingError as error:
+        except Exception as error:
             if not if_it_can:
                 raise
-            engine.record_nothing(error.message)
+            engine.record_nothing(why_unrecordable(error))
             return None
         batches = planned(choice, bytes_per_row=first.bytes_per_row)
     plan = batches.plan(choice, lazily_at=lazily_at, first=first, max_num_tokens=limits.max_num_batched_tokens)
