@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     rules = api.device_rules
 
     def rules_of_a_gpu(device_type: str, **asked: Any) -> DeviceRules:
-        return replace(rules(device_type), records_uncompiled=True)
+        return rules("cuda", **asked)
 
     monkeypatch.setattr(api, "device_rules", rules_of_a_gpu)
     record = graphs.CudaGraphRecorder.record

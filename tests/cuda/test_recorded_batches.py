@@ -10,6 +10,7 @@ import pytest
 
 from onegraph import LLM, SamplingParams
 from onegraph.counters import counters
+from onegraph.cudagraph.recorded_call import WholeReplay
 from tests.cuda.conftest import Device
 
 MODES = ("PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
@@ -56,6 +57,34 @@ def test_tokens_are_those_of_plain_calls_in_every_mode(mode: str, device: Device
     ways = {f"{way}:{how}" for way in replays for how in ("exact", "padded")}
     assert unrecorded <= batches.keys() <= unrecorded | ways
     assert sum(count for name, count in batches.items() if not name.startswith("NONE")) == sum(replays.values())
+
+
+def test_batches_are_recorded_by_default_and_the_first_replays_compared(
+    device: Device, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole ones and pieces; where a replay isn't the plain call, nothing is recorded from then on, with a note."""
+    llm = engine(model_folder, device, {"backend": "inductor"})
+    expected = tokens(engine(model_folder, device, {"backend": "inductor", "cudagraph_mode": "NONE"}))
+    plan = llm.explain().to_dict()["plan"]
+    assert plan["mode"] == "FULL_AND_PIECEWISE"
+    assert [(one["num_tokens"], one["mode"]) for one in plan["sizes"]] == [
+        *((size, mode) for size in (1, 2, 4, 8) for mode in ("FULL", "PIECEWISE")),
+        *((size, "PIECEWISE") for size in (16, 24)),
+    ]
+    before = counters.snapshot()
+    assert tokens(llm) == expected
+    assert counted("replays:", before).keys() == {"FULL", "PIECEWISE"}
+    replay = WholeReplay.__call__
+
+    def wrong(self: WholeReplay, inputs: tuple[Any, ...]) -> Any:
+        results = replay(self, inputs)
+        results[0].add_(1)
+        return results
+
+    monkeypatch.setattr(WholeReplay, "__call__", wrong)
+    llm = engine(model_folder, device, {"backend": "inductor"})
+    assert tokens(llm) == expected
+    assert any("isn't what the same call gives" in note for note in llm.explain().notes)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -271,6 +271,18 @@ def test_what_can_t_be_recorded_again_runs_as_ever(
     assert any("planted" in note for note in llm.explain().notes)
 
 
+def test_a_first_replay_that_gives_something_else_ends_what_nobody_asked_for(
+    model_folder: Path, plain: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(str(model_folder), **LIMITS)
+    tokens(llm)
+    monkeypatch.setattr(TapeRecording, "replay", lambda self: None)
+    with counters.expect(engines_without_recordings=1):
+        for _ in range(2):
+            assert tokens(llm) == tokens(plain)
+    assert any("isn't what the same call gives" in note for note in llm.explain().notes)
+
+
 def test_sizes_are_chosen_for_traffic_and_memory(model_folder: Path) -> None:
     llm = recorded(model_folder, "FULL_DECODE_ONLY", cudagraph_traffic={1: 900, "3": 60, "7": 1})
     plan = llm.explain().to_dict()["plan"]

@@ -1,4 +1,4 @@
-"""A replay against the plain call: what `cudagraph_debug` compares, to the bit."""
+"""A replay against the plain call, to the bit: each one with `cudagraph_debug`, the first of what nobody asked for."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class PlainCall:
                 raise RecordingError(
                     f"{name} after a replay ({shown.mode.name} at {shown.num_tokens}) isn't what the same call gives "
                     "without the recording",
-                    where="a replay with cudagraph_debug",
+                    where="a replay that was compared",
                     hint="cudagraph_mode=PIECEWISE, and `compiled.fallback(piece)`, narrow it down to a piece",
                     tensor=name,
                 )

@@ -37,6 +37,8 @@ class RecordedCall:
     """Its recordings, whose memory `poison` overwrites."""
     look: int | None = None
     """The look at the module whose weights were compared last."""
+    proven: bool = False
+    """Whether a replay has given what the plain call gives."""
     given: list[tuple[int, weakref.ref[torch.Tensor]]] = field(default_factory=list)
 
 

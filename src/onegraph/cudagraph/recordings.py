@@ -55,17 +55,25 @@ class Recordings:
     Each replay compares the addresses of what it relies on with those of the call's tensors: RecordingError, or with
     `rerecords` a new recording. `checks_always` also overwrites what the last replay left behind, and raises where
     somebody still holds an output of it. With `compares` the plan's function is run too, on the same memory, and each
-    result has to be the same to the bit.
+    result has to be the same to the bit; with `proves` so at the first replay of each recording.
     """
 
     def __init__(
-        self, graph: RecordedGraph, recorder: Recorder, *, checks_always: bool, rerecords: bool, compares: bool
+        self,
+        graph: RecordedGraph,
+        recorder: Recorder,
+        *,
+        checks_always: bool = False,
+        rerecords: bool = False,
+        compares: bool = False,
+        proves: bool = False,
     ) -> None:
         self._graph = graph
         self._recorder = recorder
         self._checks_always = checks_always
         self._rerecords = rerecords
         self._compares = compares
+        self._proves = proves
         plan = graph.plan
         self._sizes = input_function(plan, tuple(dict.fromkeys(plan.symbols.values())))
         self._first = input_function(plan, (plan.size,))
@@ -88,7 +96,14 @@ class Recordings:
     def configured(cls, graph: RecordedGraph, recorder: Recorder, config: ResolvedConfig) -> Recordings:
         """As the configuration says."""
         always, rerecords = config.cudagraph_check == "always", config.on_memory_change == "rerecord"
-        return cls(graph, recorder, checks_always=always, rerecords=rerecords, compares=config.cudagraph_debug)
+        return cls(
+            graph,
+            recorder,
+            checks_always=always,
+            rerecords=rerecords,
+            compares=config.cudagraph_debug,
+            proves=not config.asked("cudagraph_mode"),  # nobody has looked whether it is right here
+        )
 
     def __call__(self, *inputs: Any) -> Any:
         thread = threading.get_ident()
@@ -302,12 +317,13 @@ class Recordings:
     def _replay(self, found: RecordedCall, inputs: tuple[Any, ...]) -> Sequence[Any]:
         """The results in the recording's memory; its step inputs are filled."""
         plain = None
-        if self._compares:
+        if self._compares or (self._proves and not found.proven):
             statics = {i: static for i, static, _ in found.statics} if found.shown.mode is FULL else {}
             plain = PlainCall.of(self._graph, [statics.get(i, one) for i, one in enumerate(inputs)])
         results = found.replay(inputs)
         if plain is not None:
             plain.compare(results, found.shown)
+            found.proven = True
         counters.add(f"replays:{found.shown.mode.name}")
         return results
 

@@ -135,4 +135,6 @@ def device_rules(device_type: str, *, batches: bool = False) -> DeviceRules:
     if batches and device_type == "cpu":
         sizes = tuple(range(1, 17))  # each as it is: padding would cost more than it saves
         return replace(rules, default_cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY, default_capture_sizes=sizes)
+    if batches and device_type == "cuda":
+        return replace(rules, default_cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
     return rules
