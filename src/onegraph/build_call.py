@@ -18,6 +18,7 @@ from onegraph.ir.ledger import CheckedWhen, StateRead
 from onegraph.ir.recording import Recorder
 from onegraph.ir.target import Target
 from onegraph.store.store import Store
+from onegraph.timeline import timeline
 from onegraph.weights import WeightStore
 
 
@@ -42,7 +43,8 @@ class Stages:
         started = time.perf_counter()
         if self.observer is not None:
             self.observer(name, None)
-        yield
+        with timeline.stage(name):
+            yield
         seconds = time.perf_counter() - started
         self.done.append((name, seconds))
         if self.observer is not None:

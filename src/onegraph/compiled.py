@@ -28,6 +28,7 @@ from onegraph.ir.recording import RecordedSize, RecordingPlan
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck, check_call
 from onegraph.torch_compat.pytree import tree_map
+from onegraph.torch_compat.torch_logs import log_artifact
 
 log = get_logger(__name__)
 
@@ -322,6 +323,7 @@ class CompiledModel:
                 return Built(self.original, self.explain(), holds=lambda: False)
             counters.add("recaptures")
             log.warning("captured once more: %s", _told(changes))
+            log_artifact("recompiles", lambda: f"{self._unbuilt().model} is captured once more: {_told(changes)}")
         built = self._build(args, kwargs)
         for (piece, size), why in list(self._fallbacks.items()):
             try:

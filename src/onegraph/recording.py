@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,7 +49,7 @@ def _region_record(one: Specialised, target: Target) -> RegionRecord:
         merged=one.passed.merged,
         groups=one.groups,
         pieces=tuple(tuple(_piece_records(one, pieces, target)) for pieces in one.pieces),
-        graph=zlib.compress(one.captured.graph_module.print_readable(print_output=False).encode()),
+        texts=one.texts.packed,
         lines=tuple(map(called_lines, one.split.pieces)),
     )
 

@@ -28,6 +28,7 @@ from onegraph.ir.key import Key
 from onegraph.ir.piece import Piece
 from onegraph.ir.target import Target
 from onegraph.ops.library import ops_with_out
+from onegraph.timeline import timeline
 from onegraph.torch_compat import inductor
 from onegraph.torch_compat.autotune import choosing
 from onegraph.torch_compat.out_lowering import lower_to_out
@@ -58,7 +59,8 @@ class Compilation:
         self._target, self._num_ops = target, len(piece.graph_module.graph.nodes)
         self._graph = piece.graph_module.print_readable(print_output=False)
         counters.add("inductor_compiles")
-        self._output = _generated(piece, target, options, tuning)
+        with timeline.stage(f"piece {piece.index}", "Inductor"):
+            self._output = _generated(piece, target, options, tuning)
         self.autotuned = () if tuning is None else tuning.made
         self.conditions = self._output.conditions
         self.kernels = self._output.kernels

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from onegraph.build_trace import trace_timeline
 from onegraph.engine.admission import check_params, check_prompt
 from onegraph.engine.detokenizer import Detokenizer
 from onegraph.engine.limits import Limits
@@ -29,6 +30,7 @@ from onegraph.errors import ConfigError
 from onegraph.ir.recording import RecordedSize
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck
+from onegraph.timeline import timeline
 
 log = get_logger(__name__)
 
@@ -80,6 +82,7 @@ class Engine:
         self._seed = seed
         self._num_added = 0
         self._num_generated_tokens = 0
+        self._rehearses = False
         self._requests: dict[str, Request] = {}
 
     def add_request(
@@ -176,6 +179,10 @@ class Engine:
         """
         self._runner.record(batches, progress, lazily_at=lazily_at, if_it_can=if_it_can)
 
+    def tell_recorded(self, told: Callable[[], None]) -> None:
+        """Has `told` called after each batch that is recorded when it comes."""
+        self._runner.told_recorded = told
+
     def check(self, num_sizes: int) -> tuple[SizeCheck, ...]:
         """The compiled model against eager and fp64 at `num_sizes` batch sizes; forgets the prefix cache.
 
@@ -229,6 +236,7 @@ class Engine:
             raise ConfigError("requests are running, and the rehearsal would forget them")
         added, generated = self._num_added, self._num_generated_tokens
         params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=0)
+        self._rehearses = True
         try:
             for number, length in enumerate((3, 2)):
                 prompt = [0] * min(length, self.limits.max_model_len - 1)
@@ -238,6 +246,7 @@ class Engine:
                 self.step()
         finally:
             self.reset()
+            self._rehearses = False
             self._num_added, self._num_generated_tokens = added, generated
 
     def reset(self) -> None:
@@ -287,6 +296,8 @@ class Engine:
                 continue
             if request.first_token_s is None:
                 request.first_token_s = now
+                if not self._rehearses and timeline.has_first_token():
+                    trace_timeline()
             self._append(sequence, sampled.token_ids[row], sampled.ranked[row])
         for request in touched.values():
             if request.finished:

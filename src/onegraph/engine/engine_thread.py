@@ -16,12 +16,14 @@ from typing import Literal
 
 import torch
 
+from onegraph.build_trace import trace_timeline
 from onegraph.engine.engine import Engine, EngineStats
 from onegraph.engine.outputs import RequestOutput
 from onegraph.engine.sampling_params import SamplingParams
 from onegraph.engine.startup import Started
 from onegraph.errors import EngineError, OnegraphError
 from onegraph.log import get_logger
+from onegraph.timeline import timeline
 from onegraph.torch_compat.thread_state import ThreadState
 
 log = get_logger(__name__)
@@ -156,6 +158,8 @@ class EngineThread:
         started = self._start_engine()
         with torch.inference_mode():
             started.engine.rehearse()
+            timeline.is_ready()
+            trace_timeline()
             with self._wake:
                 self.started = started
                 self._state = "ready"

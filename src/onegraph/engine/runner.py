@@ -116,6 +116,8 @@ class Runner:
         """Batches by their numbers of tokens, of those that a recording may stand for."""
         self.unrecordable: str | None = None
         """Why nothing is recorded where that was to be tried."""
+        self.told_recorded: Callable[[], None] = lambda: None
+        """Called after each batch that is recorded when it comes."""
 
     def warm_up(self, num_tokens: int) -> None:
         """Compiles (or loads) the model on `num_tokens` padding rows, which read and write no block."""
@@ -251,6 +253,7 @@ class Runner:
                 self._record(batches, decision)
             seconds = time.perf_counter() - began
             log.info("recorded batches of %d tokens (%s) in %.2f s", decision.size, decision.mode.name, seconds)
+            self.told_recorded()
         if self._recorded is None:
             return arrays
         counters.add(f"padding_rows:{decision.mode.name}", decision.size - num_tokens)

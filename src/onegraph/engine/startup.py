@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onegraph import api
+from onegraph.build_trace import trace_explanation, trace_process
 from onegraph.compiled import CompiledModel
 from onegraph.config.compilation import CUDAGraphMode
 from onegraph.config.engine import EngineConfig
@@ -35,6 +36,8 @@ from onegraph.models import BUILTIN_MODEL, LoadedModel, load_model
 from onegraph.op_kernels import OpKernels, install_op_kernels, op_kernels_begun
 from onegraph.store.lookup import Lookup
 from onegraph.targets import describe_target, resolve_device, target_for
+from onegraph.timeline import timeline
+from onegraph.torch_compat.structured_trace import trace_is_written
 
 log = get_logger(__name__)
 
@@ -85,6 +88,11 @@ class Started:
             uncovered=() if plan is None else plan.uncovered,
         )
 
+    def trace(self) -> None:
+        """Writes into torch's trace what is known of it now."""
+        trace_process(self.target, self.compiled.explain().config)
+        trace_explanation(self.explain())
+
 
 @collected_later()
 def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
@@ -98,7 +106,7 @@ def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
     device = resolve_device(config.device)
     saved = None if config.artifact is None else api.open_saved(Path(config.artifact))
     target = target_for(device) if saved is None else saved.target(device)  # refuses before weights are read
-    with bar("weights", 3) as progress:
+    with bar("weights", 3) as progress, timeline.stage("weights"):
         model = load_model(
             config.model or BUILTIN_MODEL,
             dtype=config.dtype,
@@ -117,11 +125,17 @@ def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
         compiled, engine = compiled_engine(config, model, layers, limits, target, progress, lookup=lookup, saved=saved)
         progress("attention kernel")
         op_kernels = NOT_ASKED if lookup is not None else install_op_kernels(target, store)
-        plan = None if lookup is not None else _record(compiled, engine, limits, progress)
+        with timeline.stage("record"):
+            plan = None if lookup is not None else _record(compiled, engine, limits, progress)
     compile_s = time.perf_counter() - loaded
-    return Started(
+    started = Started(
         engine, model, compiled, op_kernels, limits, config, target, loaded - began, compile_s, recording_plan=plan
     )
+    timeline.is_ready()
+    if trace_is_written():
+        started.trace()
+        engine.tell_recorded(started.trace)
+    return started
 
 
 def _record(compiled: CompiledModel, engine: Engine, limits: Limits, progress: Progress) -> RecordingPlan | None:
