@@ -53,6 +53,7 @@ class GraphTexts:
     def __init__(self, region: Region | None, where: str = "") -> None:
         self._region, self._where = region, where
         self._texts: dict[str, str] = {}
+        self._distinct: set[int] = set()
 
     @classmethod
     def of(cls, region: Region, dims: Sequence[DynamicDim]) -> GraphTexts:
@@ -72,7 +73,14 @@ class GraphTexts:
         self._add(f"captured_graph{self._where}", graph_module)
 
     def passed(self, piece: int, name: str, graph_module: torch.fx.GraphModule) -> None:
-        """Of a piece, after the pass of this name, or before all of them."""
+        """Of a piece, after the pass of this name, or before all of them.
+
+        Those that are the same as an earlier one are rewritten alike, and aren't shown; nor are the ops behind them.
+        """
+        if not name:
+            self._distinct.add(piece)
+        elif piece not in self._distinct and piece - 1 not in self._distinct:
+            return
         self._add(f"{self._piece(piece, self._region)}_{f'after_{name}' if name else 'before_passes'}", graph_module)
 
     def code(self, piece: int, region: Region | None, code: Callable[[], str], *, is_logged: bool = False) -> None:

@@ -65,7 +65,7 @@ class Timeline:
         """A stage that has ended; it began at `started` of `time.perf_counter`."""
         with self._lock:
             if len(self._events) < MAX_EVENTS:
-                self._events.append(Event(name, started - self._began, seconds, detail))
+                self._events.append(Event(name, max(started - self._began, 0.0), seconds, detail))
 
     @contextmanager
     def stage(self, name: str, detail: str = "") -> Iterator[None]:
