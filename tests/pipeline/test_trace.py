@@ -35,7 +35,9 @@ class Prints(torch.nn.Module):
         return x + 1
 
 class Scales(torch.nn.Module):
-    scale = 2
+    def __init__(self):
+        super().__init__()
+        self.scale = 2
     def forward(self, x):
         return x * self.scale
 
