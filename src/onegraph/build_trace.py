@@ -70,6 +70,7 @@ class GraphTexts:
         return made
 
     def captured(self, graph_module: torch.fx.GraphModule) -> None:
+        """The whole graph."""
         self._add(f"captured_graph{self._where}", graph_module)
 
     def passed(self, piece: int, name: str, graph_module: torch.fx.GraphModule) -> None:
@@ -91,10 +92,12 @@ class GraphTexts:
             log_artifact("output_code", lambda: f"Output code of {name.removesuffix('_output_code')}:\n{code()}")
 
     def split(self, plan: ExecutionPlan, pieces: Sequence[PieceExplanation]) -> None:
+        """The graph of the pieces; it follows from the plan, so it isn't kept."""
         trace_text(f"split_graph{self._where}", lambda: split_text(plan, pieces))
 
     @property
     def packed(self) -> bytes:
+        """All of them, compressed."""
         return zlib.compress(json.dumps([self._where, self._texts]).encode())
 
     def _piece(self, piece: int, region: Region | None) -> str:

@@ -141,6 +141,8 @@ def test_traces_are_whole_after_ctrl_c(tmp_path: Path) -> None:
         assert found["store"]["index"]["status"] == index and ("ledger_evaluation" in found) == (start == "warm")
         assert found["recordings"]["sizes"] == found["explain"]["plan"]["sizes"] != []  # made while it served
         timeline = found["timeline"]
+        imported = [event["detail"] for event in timeline["events"] if event["name"] == "import"]
+        assert imported[:4] == ["before onegraph", "torch", "transformers", "onegraph.serve.server"]
         assert 0 < timeline["ready_s"] < timeline["first_token_s"]  # that of a request, not of the rehearsal
 
 

@@ -37,6 +37,7 @@ def main(words: list[str]) -> int:
     if (level := environment().log_level) != "WARNING":
         set_level(level)
     try:
+        timeline.imports("torch")
         timeline.imports("onegraph.models", "transformers")
         timeline.imports("onegraph.serve.server")
         from onegraph.serve.server import Server
