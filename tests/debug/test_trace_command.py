@@ -103,7 +103,7 @@ def test_a_signal_to_the_group_comes_once(command: list[str]) -> None:
 def test_ctrl_c_of_a_terminal_comes_once(command: list[str]) -> None:
     """The terminal sends it to both; both have the terminal as theirs."""
     words = ["-m", "onegraph.cli.main", "trace", "--no-open", "--out", "report", "--", *ending(command, "waits")]
-    with terminal(words, {}) as one:
+    with terminal(words) as one:
         one.expect("its own output")
         one.type("\x03")
         one.expect("got ['SIGINT']")
