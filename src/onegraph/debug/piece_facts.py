@@ -134,20 +134,19 @@ def _profiled(group: Mapping[str, Any], profile: Mapping[str, Any] | None) -> di
         return {"seconds_per_step": None, "share": None, "kernels": []}
     members = set(group["indices"])
     kernels: dict[str, dict[str, Any]] = {}
-    seconds = 0.0
+    seconds = whole = 0.0
     for row in profile["rows"]:
         if row["piece"] not in members:
             continue
         if row["is_piece"]:
-            seconds += row["seconds_per_step"]
+            seconds, whole = seconds + row["seconds_per_step"], row["whole_s"]
         elif row["is_leaf"]:
             kernel = kernels.setdefault(row["path"][-1], {"calls": 0.0, "seconds": 0.0, "ops": [], "user": row["user"]})
             kernel["calls"] += row["calls_per_step"]
             kernel["seconds"] += row["seconds_per_step"]
             kernel["ops"] = list(dict.fromkeys([*kernel["ops"], *row["ops"]]))
-    step = profile["seconds_per_step"]
     return {
         "seconds_per_step": seconds,
-        "share": seconds / step if step else None,
+        "share": seconds / whole if whole else None,
         "kernels": sorted(({"name": name, **one} for name, one in kernels.items()), key=lambda one: -one["seconds"]),
     }

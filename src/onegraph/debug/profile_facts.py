@@ -11,7 +11,10 @@ _PIECE = re.compile(r"piece (\d+)\b")
 
 
 def profile_facts(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Rows in the trace's order; `piece` is the one that a row is in or is, `self_s` its seconds without inner rows."""
+    """Rows in the trace's order; `piece` is the one that a row is in or is, `self_s` its seconds without inner rows.
+
+    `whole_s` are the seconds of the outermost row: of the step, or of the replays that some steps were instead.
+    """
     if entry is None:
         return None
     rows = [_row(one) for one in entry.get("rows") or ()]
@@ -23,14 +26,17 @@ def profile_facts(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
         path = tuple(row["path"])
         row["is_leaf"] = path not in inner
         row["self_s"] = max(0.0, row["seconds_per_step"] - inner.get(path, 0.0))
-    roots = sum(row["seconds_per_step"] for row in rows if len(row["path"]) == 1)
+    roots = {row["path"][0]: row["seconds_per_step"] for row in rows if len(row["path"]) == 1}
+    for row in rows:
+        row["whole_s"] = roots.get(row["path"][0], 0.0)
     return {
         "steps": int(entry.get("steps") or 0),
         "batches": [
             {name: one.get(name) for name in ("num_tokens", "num_seqs", "kind", "count")}
             for one in entry.get("batches") or ()
         ],
-        "seconds_per_step": float(entry.get("seconds_per_step") or roots),
+        "seconds_per_step": float(entry.get("seconds_per_step") or sum(roots.values())),
+        "notes": [str(note) for note in entry.get("notes") or ()],
         "rows": rows,
     }
 

@@ -89,7 +89,15 @@ class _Reader:
 
 def _graph(explain: Mapping[str, Any]) -> dict[str, Any]:
     ops = (explain.get("graph") or {}).get("ops")
-    dims = [{name: one.get(name) for name in ("name", "min", "max", "inputs")} for one in explain.get("dims") or ()]
+    dims = [
+        {
+            "name": str(one["name"]),
+            "min": one.get("min"),
+            "max": one.get("max"),
+            "inputs": [*map(str, one["inputs"] or ())],
+        }
+        for one in explain.get("dims") or ()
+    ]
     return {"ops": None if ops is None else int(ops), "dims": dims}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -75,6 +76,14 @@ def listed(names: Sequence[object], most: int) -> str:
     return ", ".join(map(str, names[:most])) + more
 
 
+def command_line(words: Sequence[str]) -> str:
+    """A command as it is typed: `onegraph …` is what its interpreter was told to run."""
+    for at, word in enumerate(words):
+        if word == "onegraph.cli.main" and words[at - 1] == "-m":
+            return shlex.join(["onegraph", *words[at + 1 :]])
+    return shlex.join(words)
+
+
 def span(names: Sequence[str]) -> str:
     """The first and the last of many module paths."""
     return ", ".join(names) if len(names) <= 2 else f"{names[0]} … {names[-1]}"
@@ -142,6 +151,6 @@ FILTERS = {
         one.__name__: one
         for one in (seconds, size, moment, shortened, first_lines, breakable, told, listed, span, runs)
     },
-    **{one.__name__: one for one in (from_to, sizes, differing, change, share_bar)},
+    **{one.__name__: one for one in (from_to, sizes, differing, change, share_bar, command_line)},
     "percent": share,
 }
