@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from onegraph.debug.report_words import span
+
 _PIECE = re.compile(r"piece (\d+)\b")
 
 
@@ -56,6 +58,33 @@ def _row(one: Mapping[str, Any]) -> dict[str, Any]:
         "piece": pieces[-1] if pieces else None,
         "is_piece": bool(_PIECE.match(path[-1])),
     }
+
+
+def merged_rows(rows: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with equal pieces as one: a decoder of 60 layers has few that differ, and too many for a picture."""
+    names = {
+        index: f"piece {group['index']} × {len(group['indices'])}"
+        for group in groups
+        for index in group["indices"]
+        if len(group["indices"]) > 1
+    }
+    places = {group["index"]: span(group["module_paths"]) for group in groups}
+    heads = {index: group["index"] for group in groups for index in group["indices"]}
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in rows:
+        inside = [_PIECE.match(part) for part in row["path"]]
+        path = tuple(
+            names.get(int(piece[1]), part) if piece else part for piece, part in zip(inside, row["path"], strict=True)
+        )
+        if path not in found:
+            place = places.get(heads.get(row["piece"], -1)) or row["module_path"]
+            found[path] = {**row, "path": list(path), "module_path": place}
+            continue
+        known = found[path]
+        for name in ("calls_per_step", "seconds_per_step", "self_s"):
+            known[name] += row[name]
+        known["ops"] = list(dict.fromkeys([*known["ops"], *row["ops"]]))
+    return list(found.values())
 
 
 def frames(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ import jinja2
 from markupsafe import Markup
 
 from onegraph.debug.compare import FACTS_FILE, FORMAT, compare, read_facts
+from onegraph.debug.profile_facts import merged_rows
 from onegraph.debug.report_facts import process_facts
 from onegraph.debug.report_words import FILTERS
 from onegraph.debug.svg_flame import flame_picture
@@ -186,7 +187,8 @@ class _ProcessReport:
     def _write_index(self, tlparse: TlparseReport, differences: Mapping[str, Any] | None) -> None:
         facts, boxes = self._facts, stage_boxes(self._facts)
         root = "../" if self._is_one_of_several else ""
-        profile, timeline = facts["profile"], facts["timeline"]
+        timeline, profile = facts["timeline"], facts["profile"]
+        rows = merged_rows(profile["rows"], facts["pieces"]) if profile else []
         href = None if tlparse.page is None else root + tlparse.page.relative_to(self._top).as_posix()
         _write(
             self._folder / "index.html",
@@ -203,8 +205,8 @@ class _ProcessReport:
             pipeline_down=pipeline_down(boxes),
             piece_count=f"{sum(len(group['indices']) for group in facts['pieces']):,}",
             artifacts=[(group, one) for group in facts["pieces"] for one in group["ranges"]],
-            flame=flame_picture(profile) if profile else "",
-            slowest=sorted(profile["rows"], key=lambda row: -row["self_s"])[:_MOST_ROWS] if profile else [],
+            flame=flame_picture(rows),
+            slowest=sorted(rows, key=lambda row: -row["self_s"])[:_MOST_ROWS],
             differences=differences,
             tlparse={"href": href, "why": tlparse.why},
         )

@@ -6,7 +6,7 @@ undoes that. What is too narrow to be seen is left out here, and stands in the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -20,9 +20,9 @@ _FOCUSED = 0.01
 """Frames at least so wide are reached by the Tab key."""
 
 
-def flame_picture(profile: Mapping[str, Any]) -> Markup:
-    """One picture of all rows of `profile_facts`."""
-    found = [frame for frame in frames(profile["rows"]) if frame["width"] >= _NARROWEST]
+def flame_picture(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    """One picture of rows of `profile_facts`."""
+    found = [frame for frame in frames(rows) if frame["width"] >= _NARROWEST]
     depth = max((frame["depth"] for frame in found), default=0) + 1
     return element(
         "svg",

@@ -49,7 +49,7 @@ def timeline_rows(timeline: Mapping[str, Any]) -> list[TimelineRow]:
 def end_s(timeline: Mapping[str, Any]) -> float:
     """Where the scale ends."""
     ends = [event["start_s"] + event["seconds"] for event in timeline["events"]]
-    return max([*ends, timeline["ready_s"] or 0.0, timeline["first_token_s"] or 0.0, 1e-6])
+    return 1.01 * float(max([*ends, timeline["ready_s"] or 0.0, timeline["first_token_s"] or 0.0, 1e-6]))
 
 
 def timeline_axis(timeline: Mapping[str, Any]) -> Markup:

@@ -87,7 +87,9 @@ def _pieces(facts: Mapping[str, Any]) -> Figure | None:
 
 def _step(facts: Mapping[str, Any]) -> list[Figure]:
     if facts["profile"] is not None:
-        return [Figure("one step", seconds(facts["profile"]["seconds_per_step"]), f"of {facts['profile']['steps']}")]
+        return [
+            Figure("one step", seconds(facts["profile"]["seconds_per_step"]), f"mean of {facts['profile']['steps']}")
+        ]
     if facts["recordings"] is not None:
         sizes = len(facts["recordings"]["sizes"])
         return [Figure("recorded sizes", str(sizes), str(facts["recordings"]["mode"] or ""))]
