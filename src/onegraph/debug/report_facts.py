@@ -247,7 +247,7 @@ def _recordings(read: _Reader, explain: Mapping[str, Any]) -> dict[str, Any] | N
         return None
     return {
         "mode": made.get("mode") or known.get("mode"),
-        "planned": plan,
+        "planned": _planned(plan),
         "sizes": [
             {
                 "num_tokens": one.get("num_tokens"),
@@ -265,7 +265,16 @@ def _recordings(read: _Reader, explain: Mapping[str, Any]) -> dict[str, Any] | N
             {"range": list(one["range"]), "why": str(one["why"])}
             for one in made.get("uncovered") or (plan or {}).get("uncovered") or ()
         ],
-        "padded": made.get("padded") or [],
+    }
+
+
+def _planned(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if not plan:
+        return None
+    return {
+        "sizes": {str(mode): [int(one) for one in sizes] for mode, sizes in (plan.get("sizes") or {}).items()},
+        "chosen": str(plan.get("chosen") or ""),
+        "lazily_at": None if plan.get("lazily_at") is None else int(plan["lazily_at"]),
     }
 
 

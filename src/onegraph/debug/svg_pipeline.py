@@ -12,7 +12,7 @@ from onegraph.debug.svg_element import element
 
 _WIDTH, _HEIGHT, _GAP = 160, 112, 24
 _ROW, _ROW_GAP = 62, 18
-_MOST_CHARS = 26
+_MOST_CHARS = 25
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def _counted(number: int | None, what: str) -> str:
 
 
 def _dims(dims: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(f"{dim['name']} {dim['min']}..{dim['max']}" for dim in dims) or "sizes as they came"
+    told = [f"{dim['name']} {dim['min']}..{dim['max']}" for dim in dims[:1]]
+    return ", ".join([*told, *(["…"] if len(dims) > 1 else [])]) or "sizes as they came"
 
 
 def pipeline_across(boxes: Sequence[StageBox]) -> Markup:
