@@ -47,11 +47,13 @@ def build_report(
     Raises TraceError where there is no trace, or `other` is no report.
     """
     if not logs:
-        raise TraceError(
-            "there is no trace" if run is None else "the command wrote no trace",
-            where=str(folder),
-            hint="torch writes one when something is compiled; does the command run torch, and in this environment?",
+        told, hint = (
+            "there is no trace",
+            "torch writes one when something is compiled: does the command compile anything?",
         )
+        if run is not None and run.exit_code != 0:
+            told, hint = f"the command ended with exit code {run.exit_code} before it wrote a trace", "see what it said"
+        raise TraceError(told, where=str(folder), hint=hint)
     traces = [read_trace_log(path) for path in logs]
     found = [process_facts(trace) for trace in traces]
     names = ["."] if len(traces) == 1 else _folder_names(found)
