@@ -203,6 +203,7 @@ class _ProcessReport:
             sections=_sections(facts, differences),
             axis=timeline_axis(timeline) if timeline else "",
             timeline=timeline_rows(timeline) if timeline else [],
+            has_pipeline=any(box.figure != "–" for box in boxes),
             pipeline_across=pipeline_across(boxes),
             pipeline_down=pipeline_down(boxes),
             piece_count=f"{sum(len(group['indices']) for group in facts['pieces']):,}",

@@ -126,6 +126,8 @@ def _start(explain: Mapping[str, Any], constraints: list[dict[str, Any]], log: T
     if not explain:
         if any(one["effect"] == "narrows" for one in constraints):
             return "refused"
+        if any(failure.kind == "ConstraintError" for failure in log.failures):
+            return "refused"
         return "failed" if log.failures else "unknown"
     compiled = [one for one in explain.get("pieces") or () if one.get("backend") == "inductor"]
     if not compiled:

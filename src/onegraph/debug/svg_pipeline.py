@@ -28,34 +28,31 @@ class StageBox:
 def stage_boxes(facts: Mapping[str, Any]) -> list[StageBox]:
     """The stages of one process in words and numbers; a dash stands for what the trace doesn't tell."""
     pieces, store, passes = facts["pieces"], facts["store"], facts["passes"]
-    members = sum(len(group["indices"]) for group in pieces)
-    compiled = [group for group in pieces if group["kind"] == "compiled"]
-    calls = sum(len(group["indices"]) for group in compiled)
-    rewrites = sum(one["rewrites"] for one in passes)
-    ran = [one for one in passes if not one["skipped"]]
-    ops = facts["graph"]["ops"]
+    members = sum(len(group["indices"]) for group in pieces) or None
+    compiled = [group["indices"] for group in pieces if group["kind"] == "compiled"]
+    differ = f"{len(compiled)} differ, {sum(map(len, compiled))} compiled"
+    rewrites = sum(one["rewrites"] for one in passes) if passes else None
     found = store["hits"] + store["misses"] + store["off"]
-    recorded = facts["recordings"]["sizes"] if facts["recordings"] else []
-    mode = (facts["recordings"] or {}).get("mode")
+    index = f"index: {store['index']['status']}" if store["index"] else ""
+    recordings = facts["recordings"] or {"mode": None, "sizes": None}
+    recorded = None if recordings["sizes"] is None else len(recordings["sizes"])
     return [
-        StageBox("captured graph", _counted(ops, "op"), _dims(facts["graph"]["dims"]), "#constraints"),
-        StageBox("split", _counted(members or None, "piece"), f"{len(compiled)} differ, {calls} compiled", "#pieces"),
-        StageBox("passes", _counted(rewrites if passes else None, "rewrite"), f"{len(ran)} passes ran", "#passes"),
-        _store_box(store, found),
-        StageBox("plan", _counted(members or None, "call"), "one Python function", "#store"),
-        StageBox("recordings", _counted(len(recorded), "size"), str(mode or "none asked for"), "#recordings"),
+        _box("captured graph", _counted(facts["graph"]["ops"], "op"), _dims(facts["graph"]["dims"]), "#constraints"),
+        _box("split", _counted(members, "piece"), differ, "#pieces"),
+        _box("passes", _counted(rewrites, "rewrite"), f"{sum(not one['skipped'] for one in passes)} ran", "#passes"),
+        _box("compile or load", f"{store['hits']} of {found} hit" if found else None, index, "#store"),
+        _box("plan", _counted(members, "call"), "one Python function", "#store"),
+        _box("recordings", _counted(recorded, "size"), str(recordings["mode"] or ""), "#recordings"),
     ]
 
 
-def _store_box(store: Mapping[str, Any], found: int) -> StageBox:
-    index = store["index"] or {"status": "not told"}
-    figure = f"{store['hits']} of {found} hit" if found else "–"
-    return StageBox("compile or load", figure, f"index: {index['status']}", "#store")
+def _box(title: str, figure: str | None, detail: str, href: str) -> StageBox:
+    return StageBox(title, "–", "", href) if figure is None else StageBox(title, figure, detail, href)
 
 
-def _counted(number: int | None, what: str) -> str:
+def _counted(number: int | None, what: str) -> str | None:
     if number is None:
-        return "–"
+        return None
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 

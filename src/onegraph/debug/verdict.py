@@ -17,6 +17,8 @@ _STARTS = {
     "unknown": ("no compile in this trace", "warn"),
 }
 
+_HEAD_LINES = 8
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -28,12 +30,24 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class ToldFailure:
+    """A compile that ended with an error: `head` says what and where, `more` what to do, or the rest."""
+
+    title: str
+    head: str
+    more: str
+    user: str | None
+    is_ours: bool
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The first screen. `refused` are constraints, `changed` are facts of the recorded trace that hold no longer."""
 
     start: str
     tone: str
     refused: tuple[Mapping[str, Any], ...]
+    failures: tuple[ToldFailure, ...]
     changed: tuple[Mapping[str, Any], ...]
     figures: tuple[Figure, ...]
 
@@ -42,13 +56,31 @@ def verdict(facts: Mapping[str, Any]) -> Verdict:
     """Of one process's facts."""
     start, tone = _STARTS[facts["start"]]
     evaluation = facts["ledger_evaluation"]
+    refused = tuple(one for one in facts["constraints"] if one["effect"] == "narrows")
     return Verdict(
         start=start,
         tone=tone,
-        refused=tuple(one for one in facts["constraints"] if one["effect"] == "narrows"),
+        refused=refused,
+        failures=tuple(_failure(one, is_told=bool(refused)) for one in facts["failures"]),
         changed=tuple(one for one in evaluation["checks"] if not one["holds"]) if evaluation else (),
         figures=tuple(one for one in (_first_token(facts), *_store(facts), _pieces(facts), *_step(facts)) if one),
     )
+
+
+def _failure(failure: Mapping[str, Any], is_told: bool) -> ToldFailure:
+    """`is_told` says that the constraint stands there already; then only the ways out are news."""
+    reason = str(failure["reason"]).strip("\n")
+    if not reason.startswith("[OG-"):
+        lines = reason.splitlines()
+        head, more = "\n".join(lines[:_HEAD_LINES]), "\n".join(lines[_HEAD_LINES:])
+        return ToldFailure(f"torch gave up a compile: {failure['kind']}", head, more, failure["user"], False)
+    head, _, ways = reason.partition("\n  to do: ")
+    if failure["kind"] == "ConstraintError":
+        title = (
+            "Ways out" if is_told else "The compile was refused: the model works only for a part of the declared range."
+        )
+        return ToldFailure(title, "" if is_told else head, ways, None, True)
+    return ToldFailure(f"The compile ended with an error: {failure['kind']}", head, ways, None, True)
 
 
 def _first_token(facts: Mapping[str, Any]) -> Figure | None:
