@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import PurePath
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -81,7 +82,7 @@ def command_line(words: Sequence[str]) -> str:
     for at, word in enumerate(words):
         if word == "onegraph.cli.main" and words[at - 1] == "-m":
             return shlex.join(["onegraph", *words[at + 1 :]])
-    return shlex.join(words)
+    return shlex.join([PurePath(word).name for word in words[:1]] + list(words[1:]))
 
 
 def span(names: Sequence[str]) -> str:

@@ -77,7 +77,9 @@ def _failure(failure: Mapping[str, Any], is_told: bool) -> ToldFailure:
     head, _, ways = reason.partition("\n  to do: ")
     if failure["kind"] == "ConstraintError":
         title = (
-            "Ways out" if is_told else "The compile was refused: the model works only for a part of the declared range."
+            "What to do"
+            if is_told
+            else "The compile was refused: the model works only for a part of the declared range."
         )
         return ToldFailure(title, "" if is_told else head, ways, None, True)
     return ToldFailure(f"The compile ended with an error: {failure['kind']}", head, ways, None, True)
