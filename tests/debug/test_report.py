@@ -130,6 +130,8 @@ def test_it_follows_the_colours_of_the_system(decoder: Path, browser: Browser) -
 
 def test_the_flame_picture_widens_by_click_and_key(decoder: Path, browser: Browser) -> None:
     browser.show(decoder / "index.html")
+    names = browser.script("return [...document.querySelectorAll('.frame text')].map((one) => one.textContent)")
+    assert {"step", "model", "piece 0 (model.layers.0)", "piece 1 × 60", "piece 2 × 59", "detokenise"} <= set(names)
     frame = "[...document.querySelectorAll('.frame')].find((one) => one.textContent.includes('detokenise'))"
     width = (
         f"return {frame}.getBoundingClientRect().width / document.querySelector('.flame').getBoundingClientRect().width"
