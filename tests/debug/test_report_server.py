@@ -67,13 +67,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_report_of_a_server(folder: Path, browser: Browser, start: str) -> None:
     pages = browser.crawl(folder / start / "index.html")
     assert "piece-2.html" in {page.name for page in pages}
-    assert len(pages) < 20  # 91 pieces, of which few differ
+    assert len(pages) < 20  # 61 pieces, of which three are compiled
     facts: dict[str, Any] = json.loads((folder / start / "facts.json").read_text())
     (process,) = facts["processes"]
     assert facts["run"]["exit_code"] == 0
     assert process["start"] == start
     assert process["problems"] == []
-    assert sum(len(group["indices"]) for group in process["pieces"]) == 121
+    assert sum(len(group["indices"]) for group in process["pieces"]) == 61
     assert (folder / start / "tlparse" / f"process-{process['pid']}" / "index.html").is_file()
     if start == "warm":
         (differences,) = facts["compare"]
