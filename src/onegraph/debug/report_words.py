@@ -80,7 +80,8 @@ def listed(names: Sequence[object], most: int) -> str:
 def command_line(words: Sequence[str]) -> str:
     """A command as it is typed: `onegraph …` is what its interpreter was told to run."""
     for at, word in enumerate(words):
-        if word == "onegraph.cli.main" and words[at - 1] == "-m":
+        is_module = word == "onegraph.cli.main" and words[at - 1] == "-m"
+        if is_module or (at == 1 and PurePath(word).name == "onegraph"):
             return shlex.join(["onegraph", *words[at + 1 :]])
     return shlex.join([PurePath(word).name for word in words[:1]] + list(words[1:]))
 

@@ -16,6 +16,7 @@ from onegraph.debug.svg_element import element, percent
 _HEIGHT = 16
 _MOST_PIECES = 10
 _LOADING = ("import", "weights", "index", "load", "bind", "kernels")
+_COMPILE = "compile or load"
 _RUNNING = ("record", "first token")
 
 
@@ -42,8 +43,23 @@ def timeline_rows(timeline: Mapping[str, Any]) -> list[TimelineRow]:
     if len(pieces) > _MOST_PIECES:
         others = pieces[_MOST_PIECES - 1 :]
         by_name[f"{len(others)} other pieces"] = [event for name in others for event in by_name.pop(name)]
+    names = _inner_below(list(by_name))
     marks = [at for at in (timeline["ready_s"], timeline["first_token_s"]) if at is not None]
-    return [_row(name, found, total, marks) for name, found in by_name.items()]
+    return [_row(name, by_name[name], total, marks) for name in names]
+
+
+def _inner_below(names: list[str]) -> list[str]:
+    """Pieces stand right below the stage that they are a part of, where there is one."""
+    if _COMPILE not in names:
+        return names
+    inner = [name for name in names if _is_piece(name)]
+    outer = [name for name in names if not _is_piece(name)]
+    at = outer.index(_COMPILE) + 1
+    return [*outer[:at], *inner, *outer[at:]]
+
+
+def _is_piece(name: str) -> bool:
+    return name.startswith("piece ") or name.endswith(" other pieces")
 
 
 def end_s(timeline: Mapping[str, Any]) -> float:
@@ -67,7 +83,6 @@ def timeline_axis(timeline: Mapping[str, Any]) -> Markup:
 
 def _row(name: str, events: Sequence[Mapping[str, Any]], total: float, marks: Sequence[float]) -> TimelineRow:
     seconds = _sum(events)
-    is_piece = name.startswith("piece ") or name.endswith(" other pieces")
     kind = "loading" if name in _LOADING else "running" if name in _RUNNING else "compiling"
     parts = [
         element("line", x1=percent(at / total), x2=percent(at / total), y1=0, y2="100%", class_="mark") for at in marks
@@ -84,7 +99,7 @@ def _row(name: str, events: Sequence[Mapping[str, Any]], total: float, marks: Se
         detail=", ".join(details[:4]),
         seconds=seconds,
         kind=kind,
-        is_piece=is_piece,
+        is_piece=_is_piece(name),
         picture=element("svg", *parts, width="100%", height=_HEIGHT, aria_hidden="true"),
     )
 
