@@ -128,6 +128,10 @@ def _texts_of(group: Mapping[str, Any], texts: Iterable[str]) -> list[dict[str, 
     return []
 
 
+def _origin(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"user": row["user"], "module_path": row["module_path"]}
+
+
 def _profiled(group: Mapping[str, Any], profile: Mapping[str, Any] | None) -> dict[str, Any]:
     """The group's seconds and share of a step, and its kernels, the slowest first; None without a profile."""
     if profile is None:
@@ -141,7 +145,7 @@ def _profiled(group: Mapping[str, Any], profile: Mapping[str, Any] | None) -> di
         if row["is_piece"]:
             seconds, whole = seconds + row["seconds_per_step"], row["whole_s"]
         elif row["is_leaf"]:
-            kernel = kernels.setdefault(row["path"][-1], {"calls": 0.0, "seconds": 0.0, "ops": [], "user": row["user"]})
+            kernel = kernels.setdefault(row["path"][-1], {"calls": 0.0, "seconds": 0.0, "ops": [], **_origin(row)})
             kernel["calls"] += row["calls_per_step"]
             kernel["seconds"] += row["seconds_per_step"]
             kernel["ops"] = list(dict.fromkeys([*kernel["ops"], *row["ops"]]))

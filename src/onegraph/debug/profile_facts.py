@@ -77,8 +77,8 @@ def merged_rows(rows: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str,
             names.get(int(piece[1]), part) if piece else part for piece, part in zip(inside, row["path"], strict=True)
         )
         if path not in found:
-            place = places.get(heads.get(row["piece"], -1)) or row["module_path"]
-            found[path] = {**row, "path": list(path), "module_path": place}
+            place = places.get(heads.get(row["piece"], -1)) if row["is_piece"] else None
+            found[path] = {**row, "path": list(path), "module_path": place or row["module_path"]}
             continue
         known = found[path]
         for name in ("calls_per_step", "seconds_per_step", "self_s"):

@@ -64,6 +64,16 @@ def breakable(text: object) -> Markup:
     return found
 
 
+def in_package(place: object) -> str:
+    """A `file:line` without the folder in which packages are installed."""
+    return str(place).rpartition("site-packages/")[2]
+
+
+def inside(path: Sequence[str]) -> str:
+    """What a row of the profile is a part of, without the places of pieces."""
+    return " › ".join(part.partition(" (")[0] for part in path)
+
+
 def told(value: object) -> str:
     """A setting's value as JSON, a text as it stands, and a dash for nothing."""
     if value is None:
@@ -153,6 +163,6 @@ FILTERS = {
         one.__name__: one
         for one in (seconds, size, moment, shortened, first_lines, breakable, told, listed, span, runs)
     },
-    **{one.__name__: one for one in (from_to, sizes, differing, change, share_bar, command_line)},
+    **{one.__name__: one for one in (from_to, sizes, differing, change, share_bar, command_line, in_package, inside)},
     "percent": share,
 }
