@@ -24,9 +24,11 @@ signal.signal(signal.SIGINT, lambda *_: noted.append("SIGINT"))
 signal.signal(signal.SIGTERM, lambda *_: noted.append("SIGTERM"))
 print("its own output", sys.argv[2:], flush=True)
 until = time.monotonic() + 30
-while sys.argv[1] == "waits" and not noted and time.monotonic() < until:
+while sys.argv[1] in ("waits", "lingers") and not noted and time.monotonic() < until:
     time.sleep(0.05)
-time.sleep(0.3 if noted else 0)
+until = time.monotonic() + {"waits": 0.3, "lingers": 2}.get(sys.argv[1], 0)
+while time.monotonic() < until:
+    time.sleep(0.05)
 print("got", noted, flush=True)
 sys.exit(3 if sys.argv[1] == "fails" else 0)
 """
@@ -102,7 +104,7 @@ def test_a_signal_to_the_group_comes_once(command: list[str]) -> None:
 
 def test_ctrl_c_of_a_terminal_comes_once(command: list[str]) -> None:
     """The terminal sends it to both; both have the terminal as theirs."""
-    words = ["-m", "onegraph.cli.main", "trace", "--no-open", "--out", "report", "--", *ending(command, "waits")]
+    words = ["-m", "onegraph.cli.main", "trace", "--no-open", "--out", "report", "--", *ending(command, "lingers")]
     with terminal(words) as one:
         one.expect("its own output")
         one.type("\x03")
