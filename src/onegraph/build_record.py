@@ -39,7 +39,7 @@ class RegionRecord:
     """What was made for one region; `pieces` are those of each part, `groups` the indices of weights to merge.
 
     `graph` is the captured graph as text, compressed, for traces (TORCH_TRACE). `lines` has the user's lines of each
-    piece's ops, by name.
+    piece's ops, by name; `origins` what `capture.origins` makes of the pieces after the passes.
     """
 
     trace: TraceRecord
@@ -51,6 +51,7 @@ class RegionRecord:
     pieces: tuple[tuple[PieceRecord, ...], ...]
     graph: bytes
     lines: tuple[Mapping[str, str], ...]
+    origins: bytes
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from onegraph.capture.constraints import (
     region_predicate,
 )
 from onegraph.capture.custom_ops import checked_at_first_call, custom_ops
+from onegraph.capture.origins import piece_origins
 from onegraph.capture.portable import NotPortableError
 from onegraph.capture.regions import MAX_REGIONS, UNBACKED, Sizing, next_sizes
 from onegraph.config.resolve import ResolvedConfig
@@ -58,6 +59,7 @@ from onegraph.recording import recorded
 from onegraph.saving import saving
 from onegraph.specialised import Specialised, explained_pieces, parts_of, with_eager_piece
 from onegraph.split.split import called_ops, missing_ops, split_graph
+from onegraph.step_timing import CompiledGraph
 from onegraph.store.index import Index
 from onegraph.store.lookup import Lookup
 from onegraph.store.unpacked import tell_edits
@@ -116,6 +118,12 @@ def trace_and_compile(call: BuildCall, key: Key | Unkeyable, why: str) -> Built:
             failed_piece=failed_piece,
             slots=slots,
             recordings=tuple(one.recordings for one in made if one.recordings is not None),
+            graphs=tuple(
+                CompiledGraph(
+                    one.run, one.recordings, functools.partial(piece_origins, one.split.pieces, one.passed.pieces)
+                )
+                for one in made
+            ),
             save=saving(call, trace, explanation, any(uses_own_ops(one.captured.graph_module) for one in made)),
         ),
         (read for one in made for read in one.captured.state),

@@ -9,6 +9,7 @@ from typing import Any
 
 from onegraph.build_call import BuildCall
 from onegraph.build_record import Asked, BuildRecord, PieceRecord, RegionRecord, not_loaded, portable_shapes
+from onegraph.capture.origins import origins_to_bytes, piece_origins
 from onegraph.capture.portable import NotPortableError, dumped
 from onegraph.compilers import eager, own_ops
 from onegraph.cudagraph.lint import called_lines
@@ -52,6 +53,7 @@ def _region_record(one: Specialised, target: Target) -> RegionRecord:
         pieces=tuple(tuple(_piece_records(one, pieces, target)) for pieces in one.pieces),
         graph=zlib.compress(one.captured.graph_module.print_readable(print_output=False).encode()),
         lines=tuple(map(called_lines, one.split.pieces)),
+        origins=origins_to_bytes(piece_origins(one.split.pieces, one.passed.pieces)),
     )
 
 

@@ -25,6 +25,7 @@ from onegraph.binding import BoundWeights, bind_groups, bind_weights
 from onegraph.build_call import BuildCall
 from onegraph.build_record import BuildRecord, PieceRecord, RegionRecord
 from onegraph.built import Built
+from onegraph.capture.origins import origins_from_bytes
 from onegraph.capture.portable import loaded
 from onegraph.capture.signatures import traced_function
 from onegraph.capture.trace_record import RevivedTrace, TraceDiffersError, revive_trace
@@ -50,6 +51,7 @@ from onegraph.plan.function import failed_piece, plan_function, region_finder
 from onegraph.plan.memory import size_names
 from onegraph.plan.slots import allocate_slots
 from onegraph.saving import saving
+from onegraph.step_timing import CompiledGraph
 from onegraph.store.index import Index, Miss, TraceRefusedError
 from onegraph.store.store import Store
 from onegraph.store.unpacked import tell_edits
@@ -78,6 +80,8 @@ class RevivedRegion:
     record: RegionRecord
     weights: BoundWeights
     call: Callable[..., Any]
+    run: Callable[..., Any]
+    """The plan's function."""
     recordings: Recordings | None
 
 
@@ -220,6 +224,10 @@ def _built(
             failed_piece=failed_piece,
             slots=slots,
             recordings=tuple(one.recordings for one in regions if one.recordings is not None),
+            graphs=tuple(
+                CompiledGraph(one.run, one.recordings, functools.partial(origins_from_bytes, one.record.origins))
+                for one in regions
+            ),
         ),
         (read for one in regions for read in one.trace.call.state),
         [one.weights for one in regions],
@@ -287,7 +295,7 @@ def _revived(record: RegionRecord, trace: RevivedTrace, call: BuildCall, recorde
     tensors = [index for index, is_tensor in enumerate(record.trace.is_tensor) if is_tensor and mutates_inputs]
     names, told = record.trace.input_names, call.told_of_weights(recordings)
     weights = bind_weights(recordings or run, trace.weights, names, tensors, groups, told=told)
-    return RevivedRegion(trace, record, weights, trace.call.make_callable(weights.run), recordings)
+    return RevivedRegion(trace, record, weights, trace.call.make_callable(weights.run), run, recordings)
 
 
 def _pieces(

@@ -147,6 +147,16 @@ class Recordings:
         finally:
             self._asked.pop(thread, None)
 
+    @contextmanager
+    def watched(self, watch: Callable[[Callable[[], Sequence[Any]], tuple[Any, ...]], Sequence[Any]]) -> Iterator[None]:
+        """Inside, a replay of a call is `watch(replay, inputs)`, which gives what `replay()` gives."""
+        plain = self._replay
+        self._replay = lambda found, inputs: watch(lambda: plain(found, inputs), inputs)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self._replay
+
     def is_asked(self) -> bool:
         """Whether this thread's next call is recorded: it is inside of `recording`."""
         return threading.get_ident() in self._asked
