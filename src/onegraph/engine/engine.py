@@ -8,6 +8,7 @@ thread uses an engine; only `check_request` may be called from any.
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from onegraph.engine.stopping import Stop, StopStrings, stop_by_token
 from onegraph.engine.text import Text
 from onegraph.errors import ConfigError
 from onegraph.ir.recording import RecordedSize
+from onegraph.ir.step_clock import StepClock
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck
 
@@ -175,6 +177,20 @@ class Engine:
         Raises RecordingError, but for `if_it_can`.
         """
         self._runner.record(batches, progress, lazily_at=lazily_at, if_it_can=if_it_can)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self._vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._runner.device
+
+    def timed(self, clock: StepClock) -> AbstractContextManager[bool]:
+        """Has the clock see into the model's calls; see `CompiledModel.timed`, and `StepProfiler` for the rest."""
+        return self._runner.timed(clock)
 
     def check(self, num_sizes: int) -> tuple[SizeCheck, ...]:
         """The compiled model against eager and fp64 at `num_sizes` batch sizes; forgets the prefix cache.
