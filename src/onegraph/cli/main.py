@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from onegraph import __version__
-from onegraph.cli import cache, compile, config, doctor, explain, run, serve
+from onegraph.cli import bench, cache, compile, config, doctor, explain, run, serve
 from onegraph.cli.flags import UsageError
 from onegraph.errors import ConfigError, OnegraphError, nearest
 
@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "serve": (serve.main, "an OpenAI-compatible server for one model"),
     "compile": (compile.main, "compile a model ahead of time, into one file for --artifact"),
     "explain": (explain.main, "how a model is compiled: stages, ledger, pieces, config and why"),
+    "bench": (bench.main, "tokens/s and latency of a model here, and where a step's time goes"),
     "cache": (cache.main, "the compile cache: what it holds, why it missed, verify, prune, clear, export, import"),
     "config": (config.main, "the effective values of all settings, and why each is what it is"),
     "doctor": (doctor.main, "check the toolchain, torch, the device and permissions"),
