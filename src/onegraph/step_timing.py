@@ -6,12 +6,13 @@ while somebody profiles, and nothing of them at any other time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from onegraph.compilers.timed_kernels import call_sites, timed_kernels
+from onegraph.compilers.timed_kernels import CallSite, call_sites, timed_kernels
 from onegraph.cudagraph.recordings import Recordings
 from onegraph.ir.artifact import LoadedPiece, PieceCode, PieceSource
 from onegraph.ir.fx_nodes import module_range
@@ -79,6 +80,7 @@ class _Replays:
 def _attribute(graph: CompiledGraph, names: Sequence[str], clock: StepClock) -> None:
     """Has the spans of pieces and kernels know their nodes."""
     origins, numbers = graph.origins(), {name: number for number, name in enumerate(names)}
+    sites_of = functools.cache(call_sites)
     for span in clock.top.all():
         number = numbers.get(span.name, len(origins))
         if number >= len(origins):
@@ -86,18 +88,14 @@ def _attribute(graph: CompiledGraph, names: Sequence[str], clock: StepClock) -> 
         own = origins[number]
         span.module_path = span.module_path or module_range(one.module_path for one in own)
         for kernel in span.inside.values():
-            _tell(kernel, [one for site in sorted(kernel.sites, key=_order) for one in _computed(site, own)])
+            sites = sorted(kernel.sites, key=lambda site: site.number)
+            _tell(kernel, [one for site in sites for one in _computed(site, sites_of(site.source), own)])
         if not span.inside:
             _tell(span, own)
 
 
-def _order(site: KernelSite) -> int:
-    return site.number
-
-
-def _computed(site: KernelSite, own: Sequence[NodeOrigin]) -> Iterator[NodeOrigin]:
+def _computed(site: KernelSite, sites: Sequence[CallSite], own: Sequence[NodeOrigin]) -> Iterator[NodeOrigin]:
     """The nodes of a piece that a call of a kernel computes. The text may have been made of an equal piece."""
-    sites = call_sites(site.source)
     if site.number >= len(sites) or sites[site.number].called != site.called:
         return
     by_name = {one.name: one for one in own}

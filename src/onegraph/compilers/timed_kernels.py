@@ -8,7 +8,6 @@ call finds its place there, and the comment above it, which names the nodes.
 from __future__ import annotations
 
 import ast
-import functools
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,7 +31,6 @@ class CallSite(NamedTuple):
     nodes: tuple[str, ...]
 
 
-@functools.lru_cache(maxsize=1024)
 def call_sites(source: PieceSource) -> tuple[CallSite, ...]:
     """The calls of kernels in the order in which they are made; none for a text in a form that isn't known."""
     own = [CallSite(op, (node,)) for node, op in _OWN_OP.findall(source.text)]
