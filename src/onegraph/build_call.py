@@ -78,7 +78,8 @@ class BuildCall:
     `state_checked` is when the result's `holds` will be called, for `explain`. `owned` has the weights that may be
     merged, None if none may be. `store` None means that nothing is read or written. `fuel` is the number of rewrites
     after which passes stop; `pass_observer` is told each piece's graph before the passes, and after each that rewrote
-    it.
+    it; `made_observer` is told all that was made, a list with a `specialised.Specialised` for each region, which stays
+    what runs when a piece falls back.
     """
 
     module: Any
@@ -98,6 +99,7 @@ class BuildCall:
     owned: WeightStore | None = None
     fuel: int | None = None
     pass_observer: Callable[..., None] | None = None
+    made_observer: Callable[[Sequence[Any]], None] | None = None
 
     def recorder(self) -> Recorder | None:
         """What records calls; None where nothing shall be recorded."""

@@ -98,6 +98,8 @@ def trace_and_compile(call: BuildCall, key: Key | Unkeyable, why: str) -> Built:
             refuse_missed(chosen, (run for one in made for runs in one.passed.runs for run in runs))
         explanation, trace = _indexed(call, made, _explain(call, made), key, why, time.perf_counter() - started)
         trace_json("explain", explanation.to_dict)
+    if call.made_observer is not None:
+        call.made_observer(made)
     call = replace(call, args=(), kwargs={})  # what is kept below doesn't keep the caller's tensors
     captured = made[0].captured
     entry = captured.bind_entry([(one.region.predicate, one.call) for one in made])

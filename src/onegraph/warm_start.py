@@ -88,6 +88,8 @@ def index_key(call: BuildCall) -> Key | Unkeyable:
         return Unkeyable("the compile cache is off")
     if call.fuel is not None or call.pass_observer is not None:
         return Unkeyable("the passes are watched")
+    if call.made_observer is not None:
+        return Unkeyable("the pieces' graphs are asked for, which only tracing gives")
     if config.extra_passes:
         return Unkeyable("extra_passes may read anything")
     if config.check_passes:

@@ -6,7 +6,7 @@ stage took. This is the one place where an engine's model is compiled; `ahead_of
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,10 +87,13 @@ class Started:
 
 
 @collected_later()
-def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
+def start_engine(
+    config: EngineConfig, lookup: Lookup | None = None, made_observer: Callable[[Sequence[Any]], None] | None = None
+) -> Started:
     """Loads, compiles (or loads what was compiled before) and assembles; shows bars where stderr is a terminal.
 
-    With a `lookup` nothing is compiled: it is asked what it has, and `explain` of what is made here tells.
+    With a `lookup` nothing is compiled: it is asked what it has, and `explain` of what is made here tells. A
+    `made_observer` is told the pieces (see `BuildCall`), and nothing is recorded.
 
     Errors: ConfigError, ModelError, and what compiling raises.
     """
@@ -114,10 +117,21 @@ def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
     loaded = time.perf_counter()
     begun = op_kernels_begun(target, store) if lookup is None else nullcontext()
     with bar("compile", 6) as progress, begun:
-        compiled, engine = compiled_engine(config, model, layers, limits, target, progress, lookup=lookup, saved=saved)
+        compiled, engine = compiled_engine(
+            config,
+            model,
+            layers,
+            limits,
+            target,
+            progress,
+            lookup=lookup,
+            saved=saved,
+            made_observer=made_observer,
+        )
         progress("attention kernel")
         op_kernels = NOT_ASKED if lookup is not None else install_op_kernels(target, store)
-        plan = None if lookup is not None else _record(compiled, engine, limits, progress)
+        is_watched = lookup is not None or made_observer is not None
+        plan = None if is_watched else _record(compiled, engine, limits, progress)
     compile_s = time.perf_counter() - loaded
     return Started(
         engine, model, compiled, op_kernels, limits, config, target, loaded - began, compile_s, recording_plan=plan
@@ -179,6 +193,7 @@ def compiled_engine(
     *,
     lookup: Lookup | None = None,
     saved: api.Saved | None = None,
+    made_observer: Callable[[Sequence[Any]], None] | None = None,
 ) -> tuple[CompiledModel, Engine]:
     """The model compiled for the calls of an engine, and that engine. Raises what compiling raises."""
     compiled = api.compiled_model(
@@ -196,6 +211,7 @@ def compiled_engine(
         saved=saved,
         target=target,
         records_by_hand=True,
+        made_observer=made_observer,
     )
     engine = assemble_engine(
         compiled,
