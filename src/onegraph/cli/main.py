@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from onegraph import __version__
-from onegraph.cli import cache, compile, config, doctor, explain, run, serve
+from onegraph.cli import cache, compile, config, debug, doctor, explain, run, serve
 from onegraph.cli.flags import UsageError
 from onegraph.errors import ConfigError, OnegraphError, nearest
 
@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "compile": (compile.main, "compile a model ahead of time, into one file for --artifact"),
     "explain": (explain.main, "how a model is compiled: stages, ledger, pieces, config and why"),
     "cache": (cache.main, "the compile cache: what it holds, why it missed, verify, prune, clear, export, import"),
+    "debug": (debug.main, "one piece alone: compare it with eager and fp64, step through it, find its code"),
     "config": (config.main, "the effective values of all settings, and why each is what it is"),
     "doctor": (doctor.main, "check the toolchain, torch, the device and permissions"),
 }
