@@ -2,22 +2,20 @@
 
 usage: python -m bench.step_profile [--shape 135m] [--requests 1 8 64] [--name NAME] [--svg FILE]
 
-Wraps the kernels' Python functions and the engine's methods from outside: a decode step of so many requests (128 tokens
-in), and a prefill step of as many prompts as the budget takes. States the machine's limits, measured in the same run:
-the time in which a core pair could read the weights and the KV cache once, and that of the multiplications at the speed
-of PyTorch's own large ones. Timers take about 0.3 microseconds a call.
+Takes the step profile that `onegraph bench --profile` prints (docs/profile.md), without recordings: of decode steps of
+so many requests (128 tokens in), and of the prefill steps of the most. Adds the machine's limits, measured in the same
+run: the time in which a core pair could read the weights and the KV cache once, and that of the multiplications at the
+speed of PyTorch's own large ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,123 +23,12 @@ from typing import Any
 import torch
 
 from bench.__main__ import RESULTS, environment
-from bench.figures import summary
 from bench.models import SHAPES, make_model
-from bench.step_overhead import PROMPT_LEN, wrap_engine
-from onegraph import LLM, SamplingParams
-from onegraph.api import open_store
-from onegraph.compilers import loading
-from onegraph.op_kernels import install_op_kernels
-from onegraph.ops import library
-from onegraph.targets import target_for
-from onegraph.targets.cpu.linear import Linear
+from bench.step_overhead import PROMPT_LEN
+from onegraph import LLM
+from onegraph.cli.bench import Rounds
 
 NUM_STEPS = 48
-
-
-class KernelClock:
-    """Seconds and calls by label in the current step; as `bench.step_overhead.Clock`, for `wrap_engine`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.calls: dict[str, int] = {}
-
-    def wrap(self, label: str | Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, whose time is added to its label, which may depend on the arguments."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            result = function(*args, **kwargs)
-            seconds = time.perf_counter() - began
-            name = label if isinstance(label, str) else label(*args)
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-            self.calls[name] = self.calls.get(name, 0) + 1
-            return result
-
-        return timed
-
-    def clear(self) -> None:
-        """Begins a step."""
-        self.seconds.clear()
-        self.calls.clear()
-
-
-@contextmanager
-def timed_kernels(clock: KernelClock) -> Iterator[None]:
-    """Artifacts that are loaded inside, and onegraph's own ops, have their kernels timed."""
-    install_op_kernels(target_for("cpu"), open_store())
-    put_together, call_linear = loading.put_together, Linear.__call__
-    own = dict(library._implemented)
-
-    def put_together_timed(path: Any, source: str, kernels: Any, *rest: Any) -> dict[str, Any]:
-        namespace = put_together(path, source, kernels, *rest)
-        known = set(map(id, kernels.values()))
-        for name, value in list(namespace.items()):
-            if id(value) in known:
-                namespace[name] = clock.wrap(f"fused {name.removeprefix('cpp_fused_')}", value)
-        return namespace
-
-    loading.put_together = put_together_timed  # type: ignore[assignment]
-    Linear.__call__ = clock.wrap(  # type: ignore[method-assign]
-        lambda op, x, weight, *rest: f"linear {weight.shape[1]} to {weight.shape[0]}", call_linear
-    )
-    for key, function in own.items():
-        if key[0] != "linear":
-            library._implemented[key] = clock.wrap(key[0], function)
-    try:
-        yield
-    finally:
-        loading.put_together, Linear.__call__ = put_together, call_linear  # type: ignore[assignment,method-assign]
-        library._implemented.update(own)
-
-
-def steps(llm: LLM, clock: KernelClock, num_requests: int, num_tokens: int) -> tuple[list[Any], list[Any]]:
-    """The times of full prefill steps and of steps in which all requests decode: (seconds, calls) for each."""
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-    for number in range(num_requests):
-        prompt = [(number * 131 + i * 7) % 1000 + 1 for i in range(PROMPT_LEN)]
-        llm.engine.add_request(f"{number}", prompt, params)
-    prefills, decodes, generated, before_all = [], [], llm.engine.stats.num_generated_tokens, True
-    while llm.engine.has_unfinished():
-        clock.clear()
-        outputs = llm.engine.step()
-        found = dict(clock.seconds), dict(clock.calls)
-        new, generated = llm.engine.stats.num_generated_tokens - generated, llm.engine.stats.num_generated_tokens
-        if new == num_requests and not any(one.finished for one in outputs):
-            if not before_all:
-                decodes.append(found)
-            before_all = False
-        elif not decodes:
-            prefills.append(found)
-    return prefills, decodes
-
-
-ENGINE = ("step", "schedule", "run", "model", "sample", "postprocess", "outputs", "detokenise")
-
-
-def split(found: list[Any]) -> dict[str, Any]:
-    """Median milliseconds and calls of each part; the parts add up to the step."""
-    labels = dict.fromkeys(label for seconds, _ in found for label in seconds if label not in ENGINE)
-
-    def rows(parts: Callable[[dict[str, float]], float]) -> dict[str, Any]:
-        return summary([1000 * parts(seconds) for seconds, _ in found])
-
-    def get(name: str) -> Callable[[dict[str, float]], float]:
-        return lambda seconds: seconds.get(name, 0.0)
-
-    kernels = {
-        label: {"ms": rows(get(label)), "calls": statistics.median(calls.get(label, 0) for _, calls in found)}
-        for label in labels
-    }
-    return {
-        "step": rows(get("step")),
-        "model": rows(get("model")),
-        "kernels": kernels,
-        "python_in_the_model": rows(lambda s: s["model"] - sum(s.get(label, 0.0) for label in labels)),
-        "input_preparation": rows(lambda s: s["run"] - s["model"]),
-        "sampling": rows(get("sample")),
-        "scheduler_and_outputs": rows(lambda s: s["step"] - s["run"] - s["sample"]),
-    }
 
 
 def limits() -> dict[str, float]:
@@ -164,22 +51,23 @@ def limits() -> dict[str, float]:
 
 
 GROUPS = (
-    ("linear layers", lambda label: label.startswith("linear")),
-    ("attention", lambda label: label == "paged_attention"),
-    ("cache write, rotary", lambda label: label.startswith(("write_kv", "rotary"))),
-    ("fused kernels", lambda label: label.startswith("fused")),
+    ("linear layers", ("onegraph::linear", "extern_kernels.mm", "extern_kernels.addmm")),
+    ("attention", ("onegraph::paged_attention",)),
+    ("cache write, rotary", ("onegraph::write_kv", "onegraph::rotary")),
+    ("fused kernels", ("cpp_fused", "triton")),
 )
 COLOURS = ("#3b6fb6", "#c8553d", "#e0a458", "#6a994e", "#8e7cc3", "#999999", "#4f9d9d", "#b5838d")
 
 
-def grouped(part: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds by group of kernels, then Python, sampling and the engine."""
-    kernels = part["kernels"]
-    found = {name: sum(one["ms"]["median"] for label, one in kernels.items() if fits(label)) for name, fits in GROUPS}
-    found["Python in the model"] = part["python_in_the_model"]["median"]
-    found["sampling"] = part["sampling"]["median"]
-    found["input preparation"] = part["input_preparation"]["median"]
-    found["scheduler, outputs"] = part["scheduler_and_outputs"]["median"]
+def grouped(profile: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds by group of kernels, then Python, sampling and the engine; they add up to the step."""
+    ms = {tuple(row["path"]): 1000 * row["seconds_per_step"] for row in profile["rows"]}
+    kernels = {path: one for path, one in ms.items() if path[:2] == ("step", "model") and len(path) == 4}
+    found = {name: sum(one for path, one in kernels.items() if path[-1].startswith(begins)) for name, begins in GROUPS}
+    found["Python in the model"] = ms["step", "model"] - sum(kernels.values())
+    found["sampling"] = ms.get(("step", "sampling"), 0.0)
+    found["input preparation"] = ms.get(("step", "input preparation"), 0.0)
+    found["scheduler, outputs"] = ms["step",] - ms["step", "model"] - found["sampling"] - found["input preparation"]
     return found
 
 
@@ -213,19 +101,21 @@ def picture(title: str, batches: dict[str, dict[str, Any]]) -> str:
 
 
 def measure(shape: str, requests: list[int], folder: Path) -> dict[str, Any]:
-    """The parts of each batch's step, and the limits."""
-    clock = KernelClock()
+    """The profile of each batch's steps, and the limits."""
     batches: dict[str, Any] = {}
-    with timed_kernels(clock):
-        llm = LLM(str(make_model(shape, folder)), max_model_len=1024, enable_prefix_caching=False)
-        wrap_engine(llm.engine, clock)  # type: ignore[arg-type]
-        for num_requests in requests:
-            steps(llm, clock, num_requests, 6)
-            prefills, decodes = steps(llm, clock, num_requests, NUM_STEPS)
-            batches[f"decode {num_requests}"] = split(decodes)
-            if num_requests == max(requests) and prefills:
-                batches["prefill"] = split(prefills)
-            print(f"decode {num_requests}: {len(decodes)} steps", file=sys.stderr, flush=True)
+    llm = LLM(
+        str(make_model(shape, folder)),
+        max_model_len=1024,
+        enable_prefix_caching=False,
+        compilation_config={"cudagraph_mode": "NONE"},
+    )
+    for num_requests in requests:
+        Rounds(llm, num_requests, PROMPT_LEN, 6).profiled()
+        found = Rounds(llm, num_requests, PROMPT_LEN, NUM_STEPS).profiled()
+        batches[f"decode {num_requests}"] = found["decode"].to_dict()
+        if num_requests == max(requests):
+            batches["prefill"] = found["prefill"].to_dict()
+        print(f"decode {num_requests}: {found['decode'].num_steps} steps", file=sys.stderr, flush=True)
     model, speeds = llm._started.model, limits()
     kv_bytes = 2 * model.kv.num_layers * model.kv.num_kv_heads * model.kv.head_dim * model.kv.dtype.itemsize
     for num_requests in requests:
@@ -246,10 +136,9 @@ def table(result: dict[str, Any]) -> str:
     for part in next(iter(rows.values())):
         cells = (f"{found[part]:>12.3f}{found[part] / sum(found.values()):>7.1%} " for found in rows.values())
         lines.append(f"{part:<24}{''.join(cells)}")
-    batches = result["batches"].values()
-    lines.append(f"{'step':<24}" + "".join(f"{part['step']['median']:>12.3f}{'':8}" for part in batches))
+    lines.append(f"{'step':<24}" + "".join(f"{sum(found.values()):>12.3f}{'':8}" for found in rows.values()))
     for limit in ("reading", "multiplying"):
-        cells = (part.get("limits_ms", {}).get(limit) for part in batches)
+        cells = (part.get("limits_ms", {}).get(limit) for part in result["batches"].values())
         lines.append(f"{f'limit: {limit}':<24}" + "".join(f"{cell or '':>12}{'':8}" for cell in cells))
     return "\n".join(lines)
 

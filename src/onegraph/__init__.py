@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from onegraph.garbage import collected_later
+from onegraph.timeline import timeline
 from onegraph.version import __version__
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ _MODULES = {
     "opaque": "onegraph.opaque_ops",
     "support_torch_compile": "onegraph.api",
 }
+_NEED_TRANSFORMERS = ("LLM", "SamplingParams")
 _NEED_TORCH = ("LLM", "SamplingParams", "compile", "eager_break", "load", "opaque", "support_torch_compile")
 
 
@@ -65,7 +67,11 @@ def __getattr__(name: str) -> Any:
 
         require_supported()
     with collected_later():
-        value = getattr(importlib.import_module(_MODULES[name]), name)
+        if name in _NEED_TORCH:
+            timeline.imports("torch")
+        if name in _NEED_TRANSFORMERS:
+            timeline.imports("onegraph.models", "transformers")
+        value = getattr(timeline.imports(_MODULES[name]), name)
     globals()[name] = value
     return value
 

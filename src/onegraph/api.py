@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -96,11 +96,14 @@ def compiled_model(
     saved: Saved | None = None,
     target: Target | None = None,
     records_by_hand: bool = False,
+    made_observer: Callable[[Sequence[Any]], None] | None = None,
 ) -> CompiledModel:
     """As `compile`; `observer` is told of the stages. With `records_by_hand` only `record` records.
 
     With a `lookup` nothing is compiled: it is asked what it has, and pieces run op by op. What was `saved` is taken at
     the first call, or refused.
+
+    With a `made_observer` the module is traced whatever the index has; see `BuildCall`.
 
     `target` is what to compile for, if it isn't this process on the module's device. If it doesn't run, the result is
     there to be saved, by `warm_up` and `save`, and the values of the module's weights are never read.
@@ -155,6 +158,7 @@ def compiled_model(
             stages=Stages(observer),
             state_checked=state_checked,
             owned=owned,
+            made_observer=made_observer,
         )
         if not is_uncompiled:
             return finished(build(call))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from onegraph.build_trace import GraphTexts, trace_process, trace_timeline
 from onegraph.capture.custom_ops import checked_at_first_call, custom_ops
 from onegraph.config.compilation import CUDAGraphMode
 from onegraph.config.resolve import ResolvedConfig
@@ -62,8 +63,11 @@ def compile_dynamo_graph(
     target = target_for(device)
     whole = FlatGraph(graph_module, fakes, dynamo.current_fake_mode(), dims=(), symbols={})
     _refuse_unknown_ops(whole, config)
-    compiler = PieceCompiler(config, target, store, lambda conditions, region: ())
-    rewriting = pass_settings(choose_passes(config).passes, config, target)
+    texts = GraphTexts(None)
+    compiler = PieceCompiler(config, target, store, lambda conditions, region: (), texts)
+    rewriting = pass_settings(choose_passes(config).passes, config, target, observer=texts.passed)
+    trace_process(target, config.to_dict())
+    texts.captured(graph_module)
     with dynamo.COMPILE_LOCK:
         split = split_graph(whole, config.splitting_ops)
         split = replace(split, pieces=run_passes(split, rewriting).pieces)
@@ -71,6 +75,7 @@ def compile_dynamo_graph(
     if store is not None:
         are_used = config.compile_cache_save_format == "unpacked"
         tell_edits(store.root, enumerate(pieces), are_used=are_used, is_whole=False)
+    trace_timeline()
     plan, callables = plan_calls(split), [piece.call for piece in pieces]
     run = plan_function(plan, [callables], sizes=size_names(plan, [callables]) if config.plan_memory else None)
     if config.cudagraph_mode is CUDAGraphMode.NONE:

@@ -21,6 +21,7 @@ from onegraph.ir.target import Target
 from onegraph.store.index import Miss
 from onegraph.store.lookup import Lookup
 from onegraph.store.nearest import differences
+from onegraph.timeline import timeline
 from onegraph.warm_start import from_index, index_key
 
 _TOLD = 6
@@ -40,15 +41,17 @@ def build(call: BuildCall) -> Built:
     if call.saved is not None:
         _refuse_other(call.saved, key, call.module)
     if isinstance(key, Unkeyable):
-        return _traced(call, key)
+        return _traced(call, key, None)
     found = from_index(
-        call, key.digest, lambda again: _traced(again, Unkeyable("a piece falls back to eager, which needs its graph"))
+        call,
+        key.digest,
+        lambda again: _traced(again, Unkeyable("a piece falls back to eager, which needs its graph"), None),
     )
     if not isinstance(found, Miss):
         return found
     if call.saved is not None:
         raise _other_than(call.saved, str(found))
-    return _traced(call, key, str(found))
+    return _traced(call, key, found)
 
 
 def refuse_other_machine(saved: SavedBuild, target: Target) -> None:
@@ -80,10 +83,11 @@ def _other_than(saved: SavedBuild, why: str) -> ArtifactError:
     )
 
 
-def _traced(call: BuildCall, key: Key | Unkeyable, why: str = "") -> Built:
-    from onegraph.pipeline import trace_and_compile  # takes seconds to import
+def _traced(call: BuildCall, key: Key | Unkeyable, miss: Miss | None) -> Built:
+    with timeline.stage("import", "Dynamo and Inductor"):
+        from onegraph.pipeline import trace_and_compile  # takes seconds to import
 
-    return trace_and_compile(call, key, why)
+    return trace_and_compile(call, key, miss)
 
 
 def empty_explanation(name: str, config: ResolvedConfig) -> Explanation:

@@ -18,6 +18,7 @@ from onegraph.ir.ledger import CheckedWhen, StateRead
 from onegraph.ir.recording import Recorder
 from onegraph.ir.target import Target
 from onegraph.store.store import Store
+from onegraph.timeline import timeline
 from onegraph.weights import WeightStore
 
 
@@ -42,7 +43,8 @@ class Stages:
         started = time.perf_counter()
         if self.observer is not None:
             self.observer(name, None)
-        yield
+        with timeline.stage(name):
+            yield
         seconds = time.perf_counter() - started
         self.done.append((name, seconds))
         if self.observer is not None:
@@ -78,7 +80,8 @@ class BuildCall:
     `state_checked` is when the result's `holds` will be called, for `explain`. `owned` has the weights that may be
     merged, None if none may be. `store` None means that nothing is read or written. `fuel` is the number of rewrites
     after which passes stop; `pass_observer` is told each piece's graph before the passes, and after each that rewrote
-    it.
+    it; `made_observer` is told all that was made, a list with a `specialised.Specialised` for each region, which stays
+    what runs when a piece falls back.
     """
 
     module: Any
@@ -98,6 +101,7 @@ class BuildCall:
     owned: WeightStore | None = None
     fuel: int | None = None
     pass_observer: Callable[..., None] | None = None
+    made_observer: Callable[[Sequence[Any]], None] | None = None
 
     def recorder(self) -> Recorder | None:
         """What records calls; None where nothing shall be recorded."""

@@ -38,8 +38,8 @@ class PieceRecord:
 class RegionRecord:
     """What was made for one region; `pieces` are those of each part, `groups` the indices of weights to merge.
 
-    `graph` is the captured graph as text, compressed, for traces (TORCH_TRACE). `lines` has the user's lines of each
-    piece's ops, by name.
+    `texts` are the graphs as text, packed, for traces (TORCH_TRACE). `lines` has the user's lines of each piece's ops,
+    by name; `origins` what `capture.origins` makes of the pieces after the passes.
     """
 
     trace: TraceRecord
@@ -49,8 +49,9 @@ class RegionRecord:
     merged: tuple[MergedWeight, ...]
     groups: tuple[tuple[int, ...], ...]
     pieces: tuple[tuple[PieceRecord, ...], ...]
-    graph: bytes
+    texts: bytes
     lines: tuple[Mapping[str, str], ...]
+    origins: bytes
 
 
 @dataclass(frozen=True)

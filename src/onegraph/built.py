@@ -15,6 +15,7 @@ from onegraph.explanation import Explanation
 from onegraph.ir.ledger import StateEntry
 from onegraph.ir.recording import RecordedSize, RecordingPlan
 from onegraph.numerics.oracle import SizeCheck
+from onegraph.step_timing import CompiledGraph
 
 Changes = tuple[tuple[StateEntry, str], ...]
 """Facts of captured state that don't hold, each with what stands there now."""
@@ -64,6 +65,8 @@ class Built:
     """Writes the build to a file; None where nothing is compiled."""
     recordings: tuple[Recordings, ...] = ()
     """Those of each region; none where nothing may be recorded."""
+    graphs: tuple[CompiledGraph, ...] = ()
+    """What runs each region, for who wants to time it; none where nothing is compiled."""
     recorded_as: CUDAGraphMode = CUDAGraphMode.NONE
     """How `warm_up` records."""
     planned: Planned | None = None

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +25,13 @@ from onegraph.cudagraph.shown import shown
 from onegraph.errors import ConfigError, StateChangedError
 from onegraph.explanation import Explanation
 from onegraph.ir.recording import RecordedSize, RecordingPlan
+from onegraph.ir.step_clock import StepClock
+from onegraph.ir.step_profile import PIECE
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck, check_call
+from onegraph.step_timing import timed_graphs
 from onegraph.torch_compat.pytree import tree_map
+from onegraph.torch_compat.torch_logs import log_artifact
 
 log = get_logger(__name__)
 
@@ -284,6 +288,19 @@ class CompiledModel:
             self._fall_back(piece, None, why)
             return True
 
+    @contextmanager
+    def timed(self, clock: StepClock) -> Iterator[bool]:
+        """Inside, pieces and kernels of this thread's calls are spans of the clock; see `step_timing`.
+
+        Gives False where there is nothing to be seen: nothing is compiled. What is captured anew inside isn't timed.
+        """
+        built = self._current
+        pieces = () if built is None else built.explanation.pieces
+        names = [f"{PIECE}{one.index}" + (f" ({one.module_path})" if one.module_path else "") for one in pieces]
+        graphs = () if built is None else built.graphs
+        with timed_graphs(graphs, names, clock):
+            yield bool(graphs)
+
     def _fall_back(self, piece: int, size: int | None, why: str) -> None:
         with self._building:
             for index, trace in enumerate(self._traces):
@@ -322,6 +339,7 @@ class CompiledModel:
                 return Built(self.original, self.explain(), holds=lambda: False)
             counters.add("recaptures")
             log.warning("captured once more: %s", _told(changes))
+            log_artifact("recompiles", lambda: f"{self._unbuilt().model} is captured once more: {_told(changes)}")
         built = self._build(args, kwargs)
         for (piece, size), why in list(self._fallbacks.items()):
             try:

@@ -134,6 +134,12 @@ class ServeError(OnegraphError):
     code = "OG-SERVE"
 
 
+class TraceError(OnegraphError):
+    """A trace that can't be made or read: the command can't be started, or wrote none, or a report isn't one."""
+
+    code = "OG-TRACE"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint that names the known word most like this one, or else all known words."""
     names = sorted(set(known))

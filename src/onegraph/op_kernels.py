@@ -26,6 +26,7 @@ from onegraph.ir.target import KernelBuild, Target
 from onegraph.log import get_logger
 from onegraph.ops.library import LIBRARY, implement
 from onegraph.store.store import Store, outside_the_store
+from onegraph.timeline import timeline
 
 log = get_logger(__name__)
 
@@ -86,8 +87,9 @@ def install_op_kernels(target: Target, store: Store | None) -> OpKernels:
     name = _name(target)
     with _LOCK:
         if name not in _installed:
-            begun = _begun.pop(name, None) or _Installation(target, store)
-            _installed[name] = begun.finish()
+            with timeline.stage("kernels", target.op_kernels_kind):
+                begun = _begun.pop(name, None) or _Installation(target, store)
+                _installed[name] = begun.finish()
         return _installed[name]
 
 

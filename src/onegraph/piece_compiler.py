@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from onegraph.build_trace import GraphTexts
 from onegraph.compilers import aot_eager, eager, inductor, own_ops
 from onegraph.compilers.autotuning import Autotuning
 from onegraph.compilers.key import piece_key
@@ -43,10 +44,10 @@ from onegraph.op_kernels import install_op_kernels, uses_own_ops
 from onegraph.store.choices import Choices
 from onegraph.store.lookup import Lookup
 from onegraph.store.store import Store, outside_the_store
+from onegraph.timeline import timeline
 from onegraph.torch_compat import autotune, shapes
 from onegraph.torch_compat.graph_text import graph_text
 from onegraph.torch_compat.specialised_sizes import NotSpecialisedError
-from onegraph.torch_compat.structured_trace import trace_text
 
 log = get_logger(__name__)
 
@@ -65,13 +66,14 @@ class PieceCompiler:
     """`store` None means that nothing is read or written.
 
     `check_sizes(conditions, region)` judges what compiling came to assume about sizes, and raises ConstraintError for
-    what the region doesn't imply: before anything is written.
+    what the region doesn't imply: before anything is written. `texts` is shown the code.
     """
 
     config: ResolvedConfig
     target: Target
     store: Store | None
     check_sizes: Callable[[list[shapes.RawCondition], Region | None], tuple[ShapeEntry, ...]]
+    texts: GraphTexts
 
     def compile_all(
         self,
@@ -223,7 +225,7 @@ class PieceCompiler:
             else:
                 held.enter_context(self.store.lock(key.digest, before_waiting=builds.finish_all))
                 artifact_key = key if tuning is None else tuning.recorded_key(key)
-                hit = None if artifact_key is None else self._load(piece, artifact_key)
+                hit = None if artifact_key is None else self._load(piece, region, artifact_key)
                 if hit is not None:
                     counters.add("store_hits")
                     return replace(hit, seconds=time.perf_counter() - started)
@@ -237,6 +239,7 @@ class PieceCompiler:
             begun = _Compiling(
                 compiler=self,
                 piece=piece,
+                region=region,
                 key=None if isinstance(key, Unkeyable) else key,
                 why=why,
                 compilation=compilation,
@@ -273,7 +276,7 @@ class PieceCompiler:
         mode = "record" if mode == "off" else mode  # torch's own configuration asks for it
         return options, Autotuning(mode, machine_factors(self.target), records)
 
-    def _load(self, piece: Piece, key: Key) -> CompiledPiece | None:
+    def _load(self, piece: Piece, region: Region | None, key: Key) -> CompiledPiece | None:
         assert self.store is not None
         found = load_kept(
             self.store,
@@ -285,7 +288,7 @@ class PieceCompiler:
             return None
         loaded, stored = found
         manifest = stored.manifest
-        trace_text(f"piece_{piece.index}_output_code", lambda: stored.files[WRAPPER].read_text())
+        self.texts.code(piece.index, region, stored.files[WRAPPER].read_text)
         return CompiledPiece(
             call=loaded.call,
             backend="inductor",
@@ -308,7 +311,7 @@ class PieceCompiler:
             loaded, store, why = LoadedCode(made.call), "off", f"can't be stored: {made.reason}"
         else:
             artifact = replace(made, constraints=begun.constraints, guards=begun.guards)
-            trace_text(f"piece_{begun.piece.index}_output_code", lambda: artifact.files[WRAPPER].decode())
+            self.texts.code(begun.piece.index, begun.region, artifact.files[WRAPPER].decode, is_logged=True)
             loaded, stored = self._write_and_load(artifact, begun.piece, begun.key)
             store, why = "miss" if stored else "off", begun.why
         unpacked = (f"piece {begun.piece.index} isn't unpacked: {why}",) if self._unpacks and store == "off" else ()
@@ -352,6 +355,7 @@ class _Compiling:
 
     compiler: PieceCompiler
     piece: Piece
+    region: Region | None
     key: Key | None
     why: str
     compilation: inductor.Compilation
@@ -368,7 +372,7 @@ class _Compiling:
         if self.made is None:
             if self.build is None:
                 self.builds.start()
-            with self.held:
+            with self.held, timeline.stage(f"piece {self.piece.index}", "the rest of its build, and loading"):
                 made = self.compiler.finished(self)
             self.made = replace(made, seconds=time.perf_counter() - self.started)
         return self.made

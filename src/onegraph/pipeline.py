@@ -16,6 +16,14 @@ import torch
 
 from onegraph.binding import bind_groups, bind_weights, group_indices, refuse_overlap
 from onegraph.build_call import BuildCall
+from onegraph.build_trace import (
+    GraphTexts,
+    told_why_refused,
+    trace_build,
+    trace_evaluation,
+    trace_links,
+    trace_process,
+)
 from onegraph.built import Built
 from onegraph.capture.capture import capture
 from onegraph.capture.constraints import (
@@ -26,6 +34,7 @@ from onegraph.capture.constraints import (
     region_predicate,
 )
 from onegraph.capture.custom_ops import checked_at_first_call, custom_ops
+from onegraph.capture.origins import piece_origins
 from onegraph.capture.portable import NotPortableError
 from onegraph.capture.regions import MAX_REGIONS, UNBACKED, Sizing, next_sizes
 from onegraph.config.resolve import ResolvedConfig
@@ -58,22 +67,29 @@ from onegraph.recording import recorded
 from onegraph.saving import saving
 from onegraph.specialised import Specialised, explained_pieces, parts_of, with_eager_piece
 from onegraph.split.split import called_ops, missing_ops, split_graph
-from onegraph.store.index import Index
+from onegraph.step_timing import CompiledGraph
+from onegraph.store.index import Index, Miss
 from onegraph.store.lookup import Lookup
 from onegraph.store.unpacked import tell_edits
+from onegraph.timeline import timeline
 from onegraph.torch_compat import dynamo, shapes
-from onegraph.torch_compat.structured_trace import trace_json, trace_text
+from onegraph.torch_compat.structured_trace import trace_json
+from onegraph.torch_compat.torch_logs import log_artifact
 
 
-def trace_and_compile(call: BuildCall, key: Key | Unkeyable, why: str) -> Built:
-    """The build made anew, and kept in the index under `key`, if there is one. `why` is what the index said."""
+def trace_and_compile(call: BuildCall, key: Key | Unkeyable, miss: Miss | None) -> Built:
+    """The build made anew, and kept in the index under `key`, if there is one. `miss` is what the index said."""
+    why = key.reason if isinstance(key, Unkeyable) else str(miss or "")
     started = time.perf_counter()
     config, target, stages = call.config, call.target, call.stages
     chosen = choose_passes(config)
-    rewriting = pass_settings(chosen.passes, config, target, Fuel(call.fuel), call.pass_observer)
+    rewriting = pass_settings(chosen.passes, config, target, Fuel(call.fuel))
     recorder = call.recorder()
-    with dynamo.compile_scope("onegraph"):
-        trace_json("config", config.to_dict)
+    with dynamo.compile_scope("onegraph"), told_why_refused():
+        trace_process(target, config.to_dict())
+        if miss is not None and miss.reasons:
+            trace_evaluation("refused", str(miss), sum(check.holds for check in miss.checks), miss.checks)
+        log_artifact("recompiles", lambda: f"{call.name} is captured: {why}")
 
         def specialise(sizing: Sizing) -> Specialised:
             with stages.stage("capture"):
@@ -97,7 +113,13 @@ def trace_and_compile(call: BuildCall, key: Key | Unkeyable, why: str) -> Built:
         if call.fuel is None:  # else it may have run out before
             refuse_missed(chosen, (run for one in made for runs in one.passed.runs for run in runs))
         explanation, trace = _indexed(call, made, _explain(call, made), key, why, time.perf_counter() - started)
-        trace_json("explain", explanation.to_dict)
+        for one in made:
+            one.texts.split(one.plan, explanation.pieces)
+        timeline.is_ready()
+        trace_build(explanation, target, call.store)
+    trace_links(explanation, call.store)
+    if call.made_observer is not None:
+        call.made_observer(made)
     call = replace(call, args=(), kwargs={})  # what is kept below doesn't keep the caller's tensors
     captured = made[0].captured
     entry = captured.bind_entry([(one.region.predicate, one.call) for one in made])
@@ -116,6 +138,12 @@ def trace_and_compile(call: BuildCall, key: Key | Unkeyable, why: str) -> Built:
             failed_piece=failed_piece,
             slots=slots,
             recordings=tuple(one.recordings for one in made if one.recordings is not None),
+            graphs=tuple(
+                CompiledGraph(
+                    one.run, one.recordings, functools.partial(piece_origins, one.split.pieces, one.passed.pieces)
+                )
+                for one in made
+            ),
             save=saving(call, trace, explanation, any(uses_own_ops(one.captured.graph_module) for one in made)),
         ),
         (read for one in made for read in one.captured.state),
@@ -132,8 +160,7 @@ def _indexed(
     The explanation says why there was none, or why there will be none.
     """
     if call.store is None or isinstance(key, Unkeyable):
-        reason = key.reason if isinstance(key, Unkeyable) else why
-        return replace(explanation, index=IndexExplanation("off", reason)), None
+        return replace(explanation, index=IndexExplanation("off", why)), None
     with call.stages.stage("index"):
         try:
             contents = recorded(call, key.factors, made, explanation)
@@ -153,19 +180,26 @@ def _specialise(
 ) -> Specialised:
     """The stages after capture, for one region."""
     config, target, stages, owned = call.config, call.target, call.stages, call.owned
-    trace_text("captured_graph", lambda: captured.graph_module.print_readable(print_output=False))
-    trace_json("ledger", captured.ledger.to_dict)
     region = general_region(captured.dims)
     if sizing.mode != "unbacked":
         hints = tuple((dim.name, sizing.size(dim, index)) for index, dim in enumerate(captured.dims))
         region = replace(region, hints=hints, predicate=region_predicate(captured.ledger.shapes, captured.fixed))
+    texts = GraphTexts.of(region, captured.dims)
+    texts.captured(captured.graph_module)
+    trace_json("ledger", captured.ledger.to_dict)
+
+    def observe(piece: int, name: str, graph_module: torch.fx.GraphModule) -> None:
+        texts.passed(piece, name, graph_module)
+        if call.pass_observer is not None:
+            call.pass_observer(piece, name, graph_module)
 
     with stages.stage("split"):
         _refuse_unknown_ops(captured, config)
         split = split_graph(captured, config.splitting_ops)
     with stages.stage("passes"):
         names = (node.name for node in captured.graph_module.graph.find_nodes(op="placeholder"))
-        rewriting = replace(rewriting, region=region, weights=dict(zip(names, captured.weights, strict=False)))
+        weights_named = dict(zip(names, captured.weights, strict=False))
+        rewriting = replace(rewriting, region=region, weights=weights_named, observer=observe)
         if owned is not None:
             rewriting = replace(rewriting, why_not=owned.survey(target.required_alignment).why_not)
         passed = run_passes(split, rewriting)
@@ -184,7 +218,7 @@ def _specialise(
     plan = plan_calls(replace(split, pieces=passed.pieces), len(captured.weights), passed.merged)
     parts = parts_of(captured, region, plan, config)
     with stages.stage("compile or load"):
-        compiler = PieceCompiler(config, target, call.store, check_sizes)
+        compiler = PieceCompiler(config, target, call.store, check_sizes, texts)
         pieces = compiler.compile_all(
             passed.pieces, parts, region, captured.symbols, functools.partial(stages.progress, "compile or load")
         )
@@ -194,7 +228,6 @@ def _specialise(
         callables = [[piece.call for piece in compiled] for compiled in pieces]
         sizes = size_names(plan, callables) if config.plan_memory else None
         run = plan_function(plan, callables, finder, sizes)
-        trace_text("execution_plan", lambda: function_source(run))
 
     with stages.stage("bind"):
         foreign = custom_ops(captured.graph_module)
@@ -227,6 +260,7 @@ def _specialise(
         groups=indices,
         custom_ops=foreign,
         call=captured.make_callable(weights.run),
+        texts=texts,
         recordings=recordings,
     )
     if sizing.mode == "unbacked":

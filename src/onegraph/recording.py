@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from onegraph.build_call import BuildCall
 from onegraph.build_record import Asked, BuildRecord, PieceRecord, RegionRecord, not_loaded, portable_shapes
+from onegraph.capture.origins import origins_to_bytes, piece_origins
 from onegraph.capture.portable import NotPortableError, dumped
 from onegraph.compilers import eager, own_ops
 from onegraph.cudagraph.lint import called_lines
@@ -50,8 +50,9 @@ def _region_record(one: Specialised, target: Target) -> RegionRecord:
         merged=one.passed.merged,
         groups=one.groups,
         pieces=tuple(tuple(_piece_records(one, pieces, target)) for pieces in one.pieces),
-        graph=zlib.compress(one.captured.graph_module.print_readable(print_output=False).encode()),
+        texts=one.texts.packed,
         lines=tuple(map(called_lines, one.split.pieces)),
+        origins=origins_to_bytes(piece_origins(one.split.pieces, one.passed.pieces)),
     )
 
 

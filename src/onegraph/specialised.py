@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from onegraph.binding import BoundWeights
+from onegraph.build_trace import GraphTexts
 from onegraph.capture.regions import covered_range
 from onegraph.config.resolve import ResolvedConfig
 from onegraph.cudagraph.recordings import Recordings
@@ -52,6 +53,7 @@ class Specialised:
     """The graph's weights that each merged one is made of, by their indices."""
     custom_ops: tuple[CustomOp, ...]
     call: Callable[..., Any]
+    texts: GraphTexts
     recordings: Recordings | None = None
     """What stands before `run`, where calls may be recorded."""
 

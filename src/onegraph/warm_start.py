@@ -6,13 +6,11 @@ compiler, and imports none of them.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import platform
 import sys
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +22,16 @@ import onegraph.version
 from onegraph.binding import BoundWeights, bind_groups, bind_weights
 from onegraph.build_call import BuildCall
 from onegraph.build_record import BuildRecord, PieceRecord, RegionRecord
+from onegraph.build_trace import (
+    GraphTexts,
+    log_dims,
+    trace_build,
+    trace_evaluation,
+    trace_links,
+    trace_process,
+)
 from onegraph.built import Built
+from onegraph.capture.origins import origins_from_bytes
 from onegraph.capture.portable import loaded
 from onegraph.capture.signatures import traced_function
 from onegraph.capture.trace_record import RevivedTrace, TraceDiffersError, revive_trace
@@ -39,7 +46,9 @@ from onegraph.cudagraph.recordings import Recordings
 from onegraph.explanation import Explanation, IndexExplanation
 from onegraph.ir.artifact import PieceCallable
 from onegraph.ir.key import Key, Unkeyable
+from onegraph.ir.ledger import LedgerCheck
 from onegraph.ir.recording import Recorder
+from onegraph.ir.region import Region
 from onegraph.ir.source_text import code_digest
 from onegraph.ir.target import Target
 from onegraph.kept_artifacts import load_kept
@@ -50,13 +59,16 @@ from onegraph.plan.function import failed_piece, plan_function, region_finder
 from onegraph.plan.memory import size_names
 from onegraph.plan.slots import allocate_slots
 from onegraph.saving import saving
+from onegraph.step_timing import CompiledGraph
 from onegraph.store.index import Index, Miss, TraceRefusedError
 from onegraph.store.store import Store
 from onegraph.store.unpacked import tell_edits
+from onegraph.timeline import timeline
 from onegraph.torch_compat.changed_config import changed_config
 from onegraph.torch_compat.custom_hooks import hook_identities
 from onegraph.torch_compat.pytree import tree_flatten, tree_unflatten
-from onegraph.torch_compat.structured_trace import trace_is_written, trace_json, trace_text
+from onegraph.torch_compat.structured_trace import trace_is_written, traced_without_dynamo
+from onegraph.torch_compat.torch_logs import a_log_is_read
 
 _OF_NO_EFFECT = frozenset(
     {
@@ -72,13 +84,28 @@ _ASKED_MATTERS = ("passes", "splitting_ops", "autotune")
 
 @dataclass(frozen=True)
 class RevivedRegion:
-    """A region that can run: `call` takes the module's arguments, whose sizes `region` must have."""
+    """A region that can run: `call` takes the module's arguments, whose sizes `region` must have.
+
+    `wrappers` are the files of the code of each artifact, by its key.
+    """
 
     trace: RevivedTrace
     record: RegionRecord
     weights: BoundWeights
     call: Callable[..., Any]
+    run: Callable[..., Any]
+    """The plan's function."""
     recordings: Recordings | None
+    wrappers: Mapping[str, Path]
+
+    def code(self) -> Iterator[tuple[int, Region, Path]]:
+        """Each piece's code, once for an artifact: its number, the sizes that it is for, and the file."""
+        for index, parts in enumerate(zip(*self.record.pieces, strict=True)):
+            keys = [piece.key for piece in parts]
+            regions = self.record.parts if len(set(keys)) > 1 else (self.record.region,)
+            for key, region in zip(keys, regions, strict=False):
+                if key is not None:
+                    yield index, region, self.wrappers[key]
 
 
 def index_key(call: BuildCall) -> Key | Unkeyable:
@@ -88,6 +115,8 @@ def index_key(call: BuildCall) -> Key | Unkeyable:
         return Unkeyable("the compile cache is off")
     if call.fuel is not None or call.pass_observer is not None:
         return Unkeyable("the passes are watched")
+    if call.made_observer is not None:
+        return Unkeyable("the pieces' graphs are asked for, which only tracing gives")
     if config.extra_passes:
         return Unkeyable("extra_passes may read anything")
     if config.check_passes:
@@ -157,36 +186,46 @@ def from_index(call: BuildCall, digest: str, without_index: Callable[[BuildCall]
     """
     assert call.store is not None
 
-    def load(contents: bytes, key: str) -> Built:
+    def load(contents: bytes, key: str) -> tuple[Built, list[RevivedRegion]]:
         try:
             record: BuildRecord = loaded(contents)
         except (ImportError, AttributeError) as error:  # what the trace names isn't in this process
             raise TraceRefusedError(f"{type(error).__name__}: {error}") from error
         regions, notes = _revived_regions(record, call)
         built = _built(record, regions, notes, call, without_index)
-        return replace(built, save=saving(call, key, built.explanation, record.uses_own_ops))
+        return replace(built, save=saving(call, key, built.explanation, record.uses_own_ops)), regions
 
-    with _trace_scope():
-        with call.stages.stage("index"):
-            found = Index(call.store).lookup(digest, load)
-        counters.add("index_misses" if isinstance(found, Miss) else "index_hits")
-        if isinstance(found, Miss):
-            return found
-        explanation = replace(found.explanation, stages=call.stages.totals())
-        trace_json("config", call.config.to_dict)
-        trace_json("ledger", explanation.ledger.to_dict)
-        trace_text("execution_plan", lambda: explanation.plan_source)
-        trace_json("explain", explanation.to_dict)
-        return replace(found, explanation=explanation)
+    with call.stages.stage("index"):
+        found = Index(call.store).lookup(digest, load)
+    counters.add("index_misses" if isinstance(found, Miss) else "index_hits")
+    if isinstance(found, Miss):
+        return found
+    built, regions = found
+    built = replace(built, explanation=replace(built.explanation, stages=call.stages.totals()))
+    timeline.is_ready()
+    if trace_is_written() or a_log_is_read():
+        _show(built.explanation, regions, call)
+    return built
 
 
-def _trace_scope() -> contextlib.AbstractContextManager[None]:
-    """One compile in torch's own books, where they are written."""
-    if not trace_is_written():
-        return contextlib.nullcontext()
-    from onegraph.torch_compat.dynamo import compile_scope  # takes seconds to import
-
-    return compile_scope("onegraph")
+def _show(explanation: Explanation, regions: list[RevivedRegion], call: BuildCall) -> None:
+    """Writes into torch's trace and logs what a fresh build writes, from what was kept of it."""
+    seconds = sum(seconds for _, seconds in explanation.stages)
+    with traced_without_dynamo(call.name, seconds, explanation.num_ops):
+        trace_process(call.target, explanation.config)
+        for one in regions:
+            record = one.record
+            texts = GraphTexts.kept(record.texts, record.region)
+            texts.split(record.plan, explanation.pieces)
+            for index, region, path in one.code():
+                texts.code(index, region, path.read_text)
+        reads = [read for one in regions for read in one.record.trace.reads]
+        checks = [LedgerCheck(what, value, value, True) for what, value, _ in reads]
+        why = "" if explanation.index is None else explanation.index.why
+        trace_evaluation("taken", why, len(checks), checks)
+        log_dims(explanation)
+        trace_build(explanation, call.target, call.store)
+    trace_links(explanation, call.store)
 
 
 def _built(
@@ -220,6 +259,10 @@ def _built(
             failed_piece=failed_piece,
             slots=slots,
             recordings=tuple(one.recordings for one in regions if one.recordings is not None),
+            graphs=tuple(
+                CompiledGraph(one.run, one.recordings, functools.partial(origins_from_bytes, one.record.origins))
+                for one in regions
+            ),
         ),
         (read for one in regions for read in one.trace.call.state),
         [one.weights for one in regions],
@@ -241,7 +284,7 @@ def _revived_regions(record: BuildRecord, call: BuildCall) -> tuple[list[Revived
                 required_alignment=call.target.required_alignment,
             )
         except TraceDiffersError as error:
-            raise TraceRefusedError(str(error), error.num_held) from error
+            raise TraceRefusedError(str(error), error.num_held, error.checks) from error
         revived.append((region, trace))
     notes: tuple[str, ...] = ()
     if record.uses_own_ops:
@@ -254,7 +297,6 @@ def _revived_regions(record: BuildRecord, call: BuildCall) -> tuple[list[Revived
 def _revived(record: RegionRecord, trace: RevivedTrace, call: BuildCall, recorder: Recorder | None) -> RevivedRegion:
     owned, target = call.owned, call.target
     assert call.store is not None
-    trace_text("captured_graph", lambda: zlib.decompress(record.graph).decode())
     if owned is not None and record.groups and target.runs:
         survey = owned.survey(target.required_alignment)
         for group in record.groups:
@@ -262,7 +304,8 @@ def _revived(record: RegionRecord, trace: RevivedTrace, call: BuildCall, recorde
             if why is not None:
                 raise TraceRefusedError(f"weights were merged, and can't be now: {why}")
     known: dict[str, PieceCallable] = {}
-    calls = [[*_pieces(pieces, known, target, call.store)] for pieces in record.pieces]
+    wrappers: dict[str, Path] = {}
+    calls = [[*_pieces(pieces, known, wrappers, target, call.store)] for pieces in record.pieces]
     counters.add("store_hits", len(known))
     finder = region_finder([part.ranges[0][1:] for part in record.parts]) if len(record.parts) > 1 else None
     sizes = size_names(record.plan, calls) if call.config.plan_memory else None
@@ -287,11 +330,15 @@ def _revived(record: RegionRecord, trace: RevivedTrace, call: BuildCall, recorde
     tensors = [index for index, is_tensor in enumerate(record.trace.is_tensor) if is_tensor and mutates_inputs]
     names, told = record.trace.input_names, call.told_of_weights(recordings)
     weights = bind_weights(recordings or run, trace.weights, names, tensors, groups, told=told)
-    return RevivedRegion(trace, record, weights, trace.call.make_callable(weights.run), recordings)
+    return RevivedRegion(trace, record, weights, trace.call.make_callable(weights.run), run, recordings, wrappers)
 
 
 def _pieces(
-    pieces: tuple[PieceRecord, ...], known: dict[str, PieceCallable], target: Target, store: Store
+    pieces: tuple[PieceRecord, ...],
+    known: dict[str, PieceCallable],
+    wrappers: dict[str, Path],
+    target: Target,
+    store: Store,
 ) -> Iterable[PieceCallable]:
     made: list[PieceCallable] = []
     for index, piece in enumerate(pieces):
@@ -299,12 +346,12 @@ def _pieces(
             call = made[piece.facts.same_as]
         elif piece.key is not None:
             if piece.key not in known:
-                found = load_kept(store, piece.key, lambda kept: load_artifact(kept.files, kept.manifest, target))
+                with timeline.stage(f"piece {index}", "loading"):
+                    found = load_kept(store, piece.key, lambda kept: load_artifact(kept.files, kept.manifest, target))
                 if found is None:
                     raise TraceRefusedError(f"the artifact of piece {index} is gone")
                 known[piece.key] = found[0]
-                code = found[1].files[WRAPPER]
-                trace_text(f"piece_{index}_output_code", code.read_text)
+                wrappers[piece.key] = found[1].files[WRAPPER]
             call = known[piece.key]
         else:
             assert piece.code is not None

@@ -47,6 +47,7 @@ def paths() -> list[tuple[str, str]]:
         ("GET", "/v1/models"),
         ("GET", "/v1/models/{name}"),
         ("GET", "/explain"),
+        ("GET", "/profile"),
         ("GET", "/health"),
         ("GET", "/ready"),
         ("GET", "/version"),
@@ -64,7 +65,7 @@ def test_every_path_is_described(described: Live) -> None:
 def test_no_answer_of_500_or_more(method: str, path: str, mode: Any, described: Live) -> None:
     schema = schemathesis.openapi.from_dict(described.http.get("/openapi.json").json())
     operation = schema[path][method]
-    if mode is GenerationMode.NEGATIVE and method == "GET":
+    if mode is GenerationMode.NEGATIVE and method == "GET" and path != "/profile":
         pytest.skip("nothing can be wrong in a request without parts")
     seen: list[int] = []
 
@@ -80,6 +81,8 @@ def test_no_answer_of_500_or_more(method: str, path: str, mode: Any, described: 
     def check(case: Any) -> None:
         if len(seen) % 2 and isinstance(case.body, dict):
             make_likelier(case.body)
+        if path == "/profile":
+            case.query = {**(case.query or {}), "timeout_s": 0.01}  # there is no traffic to wait for
         answer = case.call(base_url=described.url, timeout=60)
         seen.append(answer.status_code)
         assert answer.status_code < 500, (case.body, answer.text)

@@ -96,7 +96,7 @@ def test_nothing_compiles_once_it_is_ready(model_folder: Path) -> None:
 
 def test_api_keys(model_folder: Path) -> None:
     with live(model_folder, api_key=("one", "two")) as one:
-        for path in ("/v1/models", "/v1/models/tiny", "/explain", "/v1/nothing"):
+        for path in ("/v1/models", "/v1/models/tiny", "/explain", "/profile", "/v1/nothing"):
             for headers in ({}, {"Authorization": "Bearer three"}, {"Authorization": "one"}):
                 refused = one.http.get(path, headers=headers)
                 assert refused.status_code == 401

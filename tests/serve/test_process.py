@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +21,7 @@ from onegraph.cli.main import main
 from onegraph.errors import ConfigError
 from onegraph.serve.settings import ServeSettings
 from tests.serve.live_server import Process, process, wait_until
+from tests.traces import entries, rendered
 
 FLAGS = ["--port=0", "--dtype=float32", "--enforce-eager", "--num-kv-blocks=256", "--served-model-name=tiny"]
 
@@ -127,21 +126,24 @@ def test_a_signal_while_it_loads(tmp_path: Path) -> None:
 
 
 def test_traces_are_whole_after_ctrl_c(tmp_path: Path) -> None:
-    """`TORCH_TRACE=dir onegraph serve`, Ctrl-C, `tlparse dir/<first file>`."""
-    tlparse = shutil.which("tlparse", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    assert tlparse
-    traces = tmp_path / "traces"
-    words = ["--port=0", "--num-kv-blocks=512", "-O.backend=aot_eager"]
-    with process(words, tmp_path, TORCH_TRACE=str(traces)) as one, client_of(one.wait_ready()) as client:
-        assert client.completions.create(model="builtin", prompt="def ", max_tokens=4).choices[0].text
-        one.signal(signal.SIGINT)
-        assert one.wait() == 0, one.log.read_text()
-    [trace] = traces.iterdir()
-    made = subprocess.run(
-        [tlparse, str(trace), "--no-browser", "-o", "report"], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert made.returncode == 0, made.stdout + made.stderr
-    assert list((tmp_path / "report").rglob("*onegraph*")), "our own entries are in the report"
+    """`TORCH_TRACE=dir onegraph serve`, Ctrl-C, `tlparse dir/<first file>`: a cold start, then a warm one."""
+    recorded = ["-O.cudagraph_mode=FULL_DECODE_ONLY", "-O.cudagraph_capture_sizes=[1]", "-O.cudagraph_lazy=true"]
+    words = ["--port=0", "--num-kv-blocks=512", "-O.backend=eager", *recorded]
+    for start, index in ("cold", "miss"), ("warm", "hit"):
+        traced = process(words, tmp_path, TORCH_TRACE=str(tmp_path / start))
+        with traced as one, client_of(one.wait_ready()) as client:
+            assert client.completions.create(model="builtin", prompt="def ", max_tokens=4).choices[0].text
+            one.signal(signal.SIGINT)
+            assert one.wait() == 0, one.log.read_text()
+        (log,) = (tmp_path / start).iterdir()
+        report, found = rendered(log, tmp_path / f"{start}-report"), entries(log)
+        assert {f"onegraph_{name}" for name in found} <= report.keys()
+        assert found["store"]["index"]["status"] == index and ("ledger_evaluation" in found) == (start == "warm")
+        assert found["recordings"]["sizes"] == found["explain"]["plan"]["sizes"] != []  # made while it served
+        timeline = found["timeline"]
+        imported = [event["detail"] for event in timeline["events"] if event["name"] == "import"]
+        assert imported[:4] == ["before onegraph", "torch", "transformers", "onegraph.serve.server"]
+        assert 0 < timeline["ready_s"] < timeline["first_token_s"]  # that of a request, not of the rehearsal
 
 
 def test_a_port_that_is_taken_is_one_readable_block(tmp_path: Path, model_folder: Path) -> None:

@@ -42,7 +42,9 @@ def test_help_has_an_example_that_is_a_command_line(command: str, capsys: pytest
     assert "--verbose" in text
 
 
-@pytest.mark.parametrize("command", [*sorted(set(COMMANDS) - {"doctor", "cache"}), "cache why"])
+@pytest.mark.parametrize(
+    "command", [*sorted(set(COMMANDS) - {"doctor", "cache", "debug"}), "cache why", "debug run", "debug edit"]
+)
 def test_commands_that_load_a_model_take_all_its_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(command, capsys)
     for name in set(EngineConfig.__dataclass_fields__) - {"model", "compilation_config"}:

@@ -7,6 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from onegraph.cli import cache, debug
+from onegraph.cli.main import COMMANDS, main
+from onegraph.config.compilation import FIELDS
+from onegraph.env import VARIABLES
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,3 +31,22 @@ def test_links_between_pages_lead_to_files() -> None:
             if not (page.parent / target).exists():
                 broken.append(f"{page.name}: {target}")
     assert not broken
+
+
+def test_how_to_debug_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs/how-to-debug.md").read_text()
+    helps = [name for name in COMMANDS if name not in ("cache", "debug")]
+    helps += [f"cache {verb}" for verb in cache.VERBS] + [f"debug {verb}" for verb in debug.VERBS]
+    flags: set[str] = set()
+    for command in helps:
+        with pytest.raises(SystemExit):
+            main([*command.split(), "--help"])
+        flags |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    assert set(re.findall(r"-O\.(\w+)", text)) <= set(FIELDS)
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= flags
+    assert set(re.findall(r"\bONEGRAPH_\w+", text)) <= set(VARIABLES)
+    named = re.findall(r"(?:`|^|; )onegraph ([a-z]+)", text, re.MULTILINE)
+    assert named and set(named) <= set(COMMANDS)
+    counted = set(re.findall(r"`(onegraph_\w+)`", text))
+    metrics = (ROOT / "src/onegraph/serve/metrics.py").read_text()
+    assert counted and all(f'"{name}"' in metrics for name in counted)

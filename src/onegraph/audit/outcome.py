@@ -45,7 +45,7 @@ def outcome(call: BuildCall) -> Outcome:
     if call.config.mode not in COMPILING:
         return Outcome((), Unkeyable("nothing of ours is compiled"), None, "nothing of ours is compiled", None)
     index = index_key(call)
-    built = trace_and_compile(call, index, "")
+    built = trace_and_compile(call, index, None)
     shown = built.explanation.index
     return Outcome(tuple(witness.handed), index, witness.trace, "" if shown is None else shown.why, built)
 

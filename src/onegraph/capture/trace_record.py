@@ -27,7 +27,7 @@ from onegraph.capture.weights import weight_places
 from onegraph.errors import OnegraphError
 from onegraph.ir.dims import DynamicDim, SizedArgument
 from onegraph.ir.graph import CapturedGraph, WeightInput
-from onegraph.ir.ledger import Ledger
+from onegraph.ir.ledger import Ledger, LedgerCheck
 from onegraph.ir.source_text import SourceFile
 from onegraph.ir.traced import FoldedCall, Residual, TraceFacts
 from onegraph.torch_compat.tensor_checks import tensor_facts
@@ -39,12 +39,14 @@ _UNNAMED_SCOPE = re.compile(r"G\['\w*_\d+_c[\w/]+'\]")
 class TraceDiffersError(Exception):
     """The trace isn't for this module or call; the message says which of its facts is another one.
 
-    `num_held` is how many of the values that it read were found to be the same before.
+    `num_held` is how many of the values that it read were found to be the same before; `checks` are those of all
+    values, where it came to them.
     """
 
-    def __init__(self, message: str, num_held: int = 0) -> None:
+    def __init__(self, message: str, num_held: int = 0, checks: tuple[LedgerCheck, ...] = ()) -> None:
         super().__init__(message)
         self.num_held = num_held
+        self.checks = checks
 
 
 @dataclass(frozen=True)
@@ -196,12 +198,18 @@ def _asked_again(folded: FoldedCall) -> FoldedCall:
 def _compare(now: tuple[tuple[str, str, str], ...], then: tuple[tuple[str, str, str], ...]) -> None:
     if now == then:
         return
+    checks = tuple(
+        LedgerCheck(name, before, value if what == name else None, (what, check) == (name, digested))
+        for (what, value, check), (name, before, digested) in zip(now, then, strict=False)
+    )
     same = sum(one == other for one, other in zip(now, then, strict=False))
-    for (what, value, check), (name, before, digested) in zip(now, then, strict=False):
-        if (what, check) != (name, digested):
-            told = f"{name} was {before}" + (f", and is {value}" if what == name and value != before else "")
-            raise TraceDiffersError(told, same)
-    raise TraceDiffersError(f"{len(now)} values are read, and {len(then)} were")
+    for one in checks:
+        if not one.holds:
+            told = f"{one.what} was {one.recorded}" + (
+                f", and is {one.now}" if one.now not in (None, one.recorded) else ""
+            )
+            raise TraceDiffersError(told, same, checks)
+    raise TraceDiffersError(f"{len(now)} values are read, and {len(then)} were", same, checks)
 
 
 def _other_dims(was: tuple[DynamicDim, ...], now: tuple[DynamicDim, ...]) -> str:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from onegraph import __version__
-from onegraph.cli import cache, compile, config, doctor, explain, run, serve
+from onegraph.cli import bench, cache, compile, config, debug, doctor, explain, run, serve, trace
 from onegraph.cli.flags import UsageError
 from onegraph.errors import ConfigError, OnegraphError, nearest
 
@@ -20,8 +20,11 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "serve": (serve.main, "an OpenAI-compatible server for one model"),
     "compile": (compile.main, "compile a model ahead of time, into one file for --artifact"),
     "explain": (explain.main, "how a model is compiled: stages, ledger, pieces, config and why"),
+    "bench": (bench.main, "tokens/s and latency of a model here, and where a step's time goes"),
     "cache": (cache.main, "the compile cache: what it holds, why it missed, verify, prune, clear, export, import"),
+    "debug": (debug.main, "one piece alone: compare it with eager and fp64, step through it, find its code"),
     "config": (config.main, "the effective values of all settings, and why each is what it is"),
+    "trace": (trace.main, "run a model or a command under TORCH_TRACE, and build a report of all that happened"),
     "doctor": (doctor.main, "check the toolchain, torch, the device and permissions"),
 }
 
@@ -29,7 +32,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 def main(words: Sequence[str] | None = None) -> int:
     """Runs a command line (without the program's name) and gives its exit code."""
     given = list(sys.argv[1:] if words is None else words)
-    verbose = "--verbose" in given
+    ours = given[: given.index("--")] if "--" in given else given  # what follows `--` is another program's
+    verbose = "--verbose" in ours
     if not given or given[0] in ("-h", "--help", "help"):
         print(_help())
         return 0 if given else 2
@@ -39,7 +43,8 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if given[0] not in COMMANDS:
             raise UsageError(f"onegraph: there is no command {given[0]!r}; {nearest(given[0], COMMANDS)}")
-        return COMMANDS[given[0]][0]([word for word in given[1:] if word != "--verbose"])
+        words = [word for word in ours[1:] if word != "--verbose"]
+        return COMMANDS[given[0]][0]([*words, *given[len(ours) :]])
     except UsageError as error:
         return _failed(str(error), 2, verbose)
     except ConfigError as error:

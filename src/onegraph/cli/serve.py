@@ -21,6 +21,7 @@ from onegraph.errors import ServeError
 from onegraph.log import set_level
 from onegraph.serve.settings import ServeSettings
 from onegraph.targets import device_rules, resolve_device
+from onegraph.timeline import timeline
 from onegraph.version import __version__
 
 EXAMPLE = """example:
@@ -36,6 +37,9 @@ def main(words: list[str]) -> int:
     if (level := environment().log_level) != "WARNING":
         set_level(level)
     try:
+        timeline.imports("torch")
+        timeline.imports("onegraph.models", "transformers")
+        timeline.imports("onegraph.serve.server")
         from onegraph.serve.server import Server
     except ImportError as error:
         raise ServeError(

@@ -19,15 +19,17 @@ from typing import Any
 import torch
 
 from onegraph.compilers.autotuning import Autotuning
-from onegraph.compilers.loading import AUTOTUNED, CONSTANTS, GRAPH, WRAPPER, with_layouts
+from onegraph.compilers.loading import AUTOTUNED, CONSTANTS, GRAPH, NODES, WRAPPER, with_layouts
 from onegraph.compilers.wrapper import take_apart
 from onegraph.counters import counters
 from onegraph.errors import CompileError, OnegraphError
 from onegraph.ir.artifact import Artifact, PieceCallable
+from onegraph.ir.fx_nodes import computed_nodes
 from onegraph.ir.key import Key
 from onegraph.ir.piece import Piece
 from onegraph.ir.target import Target
 from onegraph.ops.library import ops_with_out
+from onegraph.timeline import timeline
 from onegraph.torch_compat import inductor
 from onegraph.torch_compat.autotune import choosing
 from onegraph.torch_compat.out_lowering import lower_to_out
@@ -57,8 +59,10 @@ class Compilation:
         self._started = time.perf_counter()
         self._target, self._num_ops = target, len(piece.graph_module.graph.nodes)
         self._graph = piece.graph_module.print_readable(print_output=False)
+        self._nodes = [node.name for node in computed_nodes(piece.graph_module.graph)]
         counters.add("inductor_compiles")
-        self._output = _generated(piece, target, options, tuning)
+        with timeline.stage(f"piece {piece.index}", "Inductor"):
+            self._output = _generated(piece, target, options, tuning)
         self.autotuned = () if tuning is None else tuning.made
         self.conditions = self._output.conditions
         self.kernels = self._output.kernels
@@ -92,6 +96,7 @@ class Compilation:
             facts={
                 "num_kernels": len(self.kernels),
                 "num_ops": self._num_ops,
+                NODES: self._nodes,
                 AUTOTUNED: [one.to_dict() for one in self.autotuned],
             },
         )

@@ -11,13 +11,21 @@ import torch
 
 from onegraph.compilers.prepared import Prepared, prepare
 from onegraph.compilers.wrapper import execute, execute_as, put_together
-from onegraph.ir.artifact import OutputAlias, OutputLayout, PieceCallable, PieceCode, PreparedPiece
+from onegraph.ir.artifact import (
+    LoadedPiece,
+    OutputAlias,
+    OutputLayout,
+    PieceCallable,
+    PieceCode,
+    PieceSource,
+    PreparedPiece,
+)
 from onegraph.ir.target import Target
 from onegraph.ops.library import OutFunctions
 
 WRAPPER, CONSTANTS, GRAPH = "wrapper.py", "constants.pt", "graph.py"
-AUTOTUNED = "autotuned"
-"""Among an artifact's facts, its choices."""
+AUTOTUNED, NODES = "autotuned", "nodes"
+"""Among an artifact's facts, its choices, and the names of the graph's nodes."""
 
 
 ALIGNMENT = 16
@@ -36,6 +44,8 @@ class LoadingFacts(Protocol):
     def aligned_inputs(self) -> tuple[int, ...]: ...
     @property
     def mutates_inputs(self) -> bool: ...
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
 
 
 def load_artifact(
@@ -58,6 +68,8 @@ def load_artifact(
     path = files[WRAPPER]
     source = path.read_text()
     namespace = put_together(path, source, target.load_kernels(files), OutFunctions(target.dispatch_key), constants)
+    nodes = facts.facts.get(NODES)
+    shown = PieceSource(source, namespace, None if nodes is None else tuple(nodes))
 
     def finished(call: PieceCallable, layouts: tuple[OutputLayout, ...]) -> PieceCallable:
         call = _with_aligned_inputs(call, facts.aligned_inputs, facts.mutates_inputs)
@@ -67,7 +79,7 @@ def load_artifact(
     call = finished(namespace["call"], facts.layouts)
     prepared = prepare(source) if target.plans_memory and not as_written else None
     if prepared is None:
-        return call
+        return LoadedPiece(call, shown)
     if shows_file:
         execute_as(path, prepared.source, prepared.lines, namespace)
     else:
@@ -83,13 +95,14 @@ def load_artifact(
             scratch=prepared.scratch,
             results=prepared.results,
             outputs=tuple(
-                None if shown is None or index in aliased else shown[0] for index, shown in enumerate(prepared.outputs)
+                None if place is None or index in aliased else place[0] for index, place in enumerate(prepared.outputs)
             ),
             scratch_layouts=namespace["scratch_layouts"],
             results_layouts=namespace["results_layouts"],
             scratch_views=namespace["scratch"],
             bind=bind,
         ),
+        shown,
     )
 
 

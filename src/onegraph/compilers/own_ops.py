@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from onegraph.compilers import eager
 from onegraph.compilers.wrapper import execute
-from onegraph.ir.artifact import BufferUse, Layout, PieceCallable, PieceCode, PreparedPiece, SizeSource
+from onegraph.ir.artifact import BufferUse, Layout, PieceCallable, PieceCode, PieceSource, PreparedPiece, SizeSource
 from onegraph.ir.fx_nodes import value_of
 from onegraph.ir.piece import Piece
 from onegraph.ir.target import Target
@@ -83,7 +83,8 @@ def load_piece(code: OwnOps, dispatched: PieceCallable, target: Target, index: i
     execute(f"onegraph ops of piece {index}", code.source, namespace)
     run = namespace["run"]
     alone = functools.partial(run, (None,) * len(code.results))
-    return PieceCode(alone, frozenset(), _prepared(code, run) if code.is_planned else None)
+    source = PieceSource(code.source, namespace)
+    return PieceCode(alone, frozenset(), _prepared(code, run) if code.is_planned else None, source)
 
 
 def _source(graph: torch.fx.Graph, ops: dict[Node, str | None], results: list[Node]) -> str:

@@ -104,6 +104,11 @@ def _replacement(node: ast.stmt, remaining: list[KernelSource]) -> str | None:
     return f"{ast.unparse(node.targets[0])} = kernels[{remaining.pop(0).name!r}]\n"
 
 
+def kernel_variables(source: str) -> list[str]:
+    """The names by which a wrapper without builds calls its kernels."""
+    return [name for name, _ in _KERNEL.findall(source)]
+
+
 def kernel_names(source: str) -> dict[str, str]:
     """The kernels that a wrapper without builds looks up, each with its name there."""
     return {kernel: name for name, kernel in _KERNEL.findall(source)}

@@ -54,26 +54,18 @@ class Recordings:
 
     Each replay compares the addresses of what it relies on with those of the call's tensors: RecordingError, or with
     `rerecords` a new recording. `checks_always` also overwrites what the last replay left behind, and raises where
-    somebody still holds an output of it. With `compares` the plan's function is run too, on the same memory, and each
-    result has to be the same to the bit; with `proves` so at the first replay of each recording.
+    somebody still holds an output of it. `compares` says at which replays of a recording the plan's function is run
+    too, on the same memory, and each result has to be the same to the bit: `never`, at the `first`, at `each`.
     """
 
     def __init__(
-        self,
-        graph: RecordedGraph,
-        recorder: Recorder,
-        *,
-        checks_always: bool = False,
-        rerecords: bool = False,
-        compares: bool = False,
-        proves: bool = False,
+        self, graph: RecordedGraph, recorder: Recorder, *, checks_always: bool, rerecords: bool, compares: str
     ) -> None:
         self._graph = graph
         self._recorder = recorder
         self._checks_always = checks_always
         self._rerecords = rerecords
         self._compares = compares
-        self._proves = proves
         plan = graph.plan
         self._sizes = input_function(plan, tuple(dict.fromkeys(plan.symbols.values())))
         self._first = input_function(plan, (plan.size,))
@@ -96,14 +88,9 @@ class Recordings:
     def configured(cls, graph: RecordedGraph, recorder: Recorder, config: ResolvedConfig) -> Recordings:
         """As the configuration says."""
         always, rerecords = config.cudagraph_check == "always", config.on_memory_change == "rerecord"
-        return cls(
-            graph,
-            recorder,
-            checks_always=always,
-            rerecords=rerecords,
-            compares=config.cudagraph_debug,
-            proves=not config.asked("cudagraph_mode"),  # nobody has looked whether it is right here
-        )
+        default = "never" if config.asked("cudagraph_mode") else "first"  # nobody has looked whether it is right here
+        compares = "each" if config.cudagraph_debug else default
+        return cls(graph, recorder, checks_always=always, rerecords=rerecords, compares=compares)
 
     def __call__(self, *inputs: Any) -> Any:
         thread = threading.get_ident()
@@ -161,6 +148,16 @@ class Recordings:
             yield
         finally:
             self._asked.pop(thread, None)
+
+    @contextmanager
+    def watched(self, watch: Callable[[Callable[[], Sequence[Any]], tuple[Any, ...]], Sequence[Any]]) -> Iterator[None]:
+        """Inside, a replay of a call is `watch(replay, inputs)`, which gives what `replay()` gives."""
+        plain = self._replay
+        self._replay = lambda found, inputs: watch(lambda: plain(found, inputs), inputs)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self._replay
 
     def is_asked(self) -> bool:
         """Whether this thread's next call is recorded: it is inside of `recording`."""
@@ -317,7 +314,7 @@ class Recordings:
     def _replay(self, found: RecordedCall, inputs: tuple[Any, ...]) -> Sequence[Any]:
         """The results in the recording's memory; its step inputs are filled."""
         plain = None
-        if self._compares or (self._proves and not found.proven):
+        if self._compares == "each" or (self._compares == "first" and not found.proven):
             statics = {i: static for i, static, _ in found.statics} if found.shown.mode is FULL else {}
             plain = PlainCall.of(self._graph, [statics.get(i, one) for i, one in enumerate(inputs)])
         results = found.replay(inputs)

@@ -8,10 +8,12 @@ thread uses an engine; only `check_request` may be called from any.
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
+from onegraph.build_trace import trace_timeline
 from onegraph.engine.admission import check_params, check_prompt
 from onegraph.engine.detokenizer import Detokenizer
 from onegraph.engine.limits import Limits
@@ -27,8 +29,10 @@ from onegraph.engine.stopping import Stop, StopStrings, stop_by_token
 from onegraph.engine.text import Text
 from onegraph.errors import ConfigError
 from onegraph.ir.recording import RecordedSize
+from onegraph.ir.step_clock import StepClock
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck
+from onegraph.timeline import timeline
 
 log = get_logger(__name__)
 
@@ -80,6 +84,7 @@ class Engine:
         self._seed = seed
         self._num_added = 0
         self._num_generated_tokens = 0
+        self._rehearses = False
         self._requests: dict[str, Request] = {}
 
     def add_request(
@@ -178,6 +183,24 @@ class Engine:
         """
         self._runner.record(batches, progress, lazily_at=lazily_at, if_it_can=if_it_can)
 
+    def tell_recorded(self, told: Callable[[], None]) -> None:
+        """Has `told` called after each batch that is recorded when it comes."""
+        self._runner.told_recorded = told
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self._vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._runner.device
+
+    def timed(self, clock: StepClock) -> AbstractContextManager[bool]:
+        """Has the clock see into the model's calls; see `CompiledModel.timed`, and `StepProfiler` for the rest."""
+        return self._runner.timed(clock)
+
     def check(self, num_sizes: int) -> tuple[SizeCheck, ...]:
         """The compiled model against eager and fp64 at `num_sizes` batch sizes; forgets the prefix cache.
 
@@ -231,6 +254,7 @@ class Engine:
             raise ConfigError("requests are running, and the rehearsal would forget them")
         added, generated = self._num_added, self._num_generated_tokens
         params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=0)
+        self._rehearses = True
         try:
             for number, length in enumerate((3, 2)):
                 prompt = [0] * min(length, self.limits.max_model_len - 1)
@@ -240,6 +264,7 @@ class Engine:
                 self.step()
         finally:
             self.reset()
+            self._rehearses = False
             self._num_added, self._num_generated_tokens = added, generated
 
     def reset(self) -> None:
@@ -289,6 +314,8 @@ class Engine:
                 continue
             if request.first_token_s is None:
                 request.first_token_s = now
+                if not self._rehearses and timeline.has_first_token():
+                    trace_timeline()
             self._append(sequence, sampled.token_ids[row], sampled.ranked[row])
         for request in touched.values():
             if request.finished:

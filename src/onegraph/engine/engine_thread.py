@@ -16,18 +16,24 @@ from typing import Literal
 
 import torch
 
+from onegraph.build_trace import trace_timeline
 from onegraph.engine.engine import Engine, EngineStats
 from onegraph.engine.outputs import RequestOutput
 from onegraph.engine.sampling_params import SamplingParams
 from onegraph.engine.startup import Started
+from onegraph.engine.step_profile import StepProfiler
 from onegraph.errors import EngineError, OnegraphError
+from onegraph.ir.step_profile import StepProfile
 from onegraph.log import get_logger
+from onegraph.timeline import timeline
 from onegraph.torch_compat.thread_state import ThreadState
 
 log = get_logger(__name__)
 
 State = Literal["starting", "ready", "draining", "stopped", "failed"]
 Deliver = Callable[[list[RequestOutput]], None]
+ProfileTold = Callable[[StepProfile | None], None]
+"""Takes a profile; None where none could be made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,16 @@ class _Add:
 @dataclass(frozen=True, slots=True)
 class _Abort:
     request_id: str
+
+
+@dataclass(slots=True)
+class _Profiling:
+    """A profile of the next `num_steps` steps, or of those that there were when it `is_ended`."""
+
+    num_steps: int
+    told: ProfileTold
+    is_begun: bool = False
+    is_ended: bool = False
 
 
 class EngineThread:
@@ -61,6 +77,7 @@ class EngineThread:
         self._wake = threading.Condition()
         self._commands: deque[_Add | _Abort] = deque()
         self._in_flight: set[str] = set()
+        self._profiling: _Profiling | None = None
         self._settled = threading.Event()  # started, or failed to
         self._state: State = "starting"
         self._stopping = False
@@ -125,11 +142,35 @@ class EngineThread:
                 self._commands.append(_Abort(request_id))
                 self._wake.notify()
 
+    def profile(self, num_steps: int, told: ProfileTold) -> Callable[[], None] | None:
+        """Profiles the next steps; `told` gets the profile, once, in the thread. Gives a function that ends it early.
+
+        It is made of the steps that there were then; draining ends it, too. None while another is made. Raises
+        EngineError unless `state` is ready.
+        """
+        with self._wake:
+            if self._state != "ready":
+                raise EngineError(f"the engine is {self._state} and can't be profiled")
+            if self._profiling is not None:
+                return None
+            asked = self._profiling = _Profiling(num_steps, told)
+            self._wake.notify()
+
+        def end() -> None:
+            with self._wake:
+                asked.is_ended = True
+                self._wake.notify()
+
+        return end
+
     def drain(self) -> None:
         """Takes no new requests from now on; those in flight go on."""
         with self._wake:
             if self._state == "ready":
                 self._state = "draining"
+            if self._profiling is not None:
+                self._profiling.is_ended = True
+                self._wake.notify()
 
     def stop(self, timeout_s: float = 10.0) -> bool:
         """Answers what is in flight with an error and ends the thread; False if it hasn't ended after `timeout_s`.
@@ -156,13 +197,18 @@ class EngineThread:
         started = self._start_engine()
         with torch.inference_mode():
             started.engine.rehearse()
+            timeline.is_ready()
+            trace_timeline()
             with self._wake:
                 self.started = started
                 self._state = "ready"
             self._settled.set()
             self._changed()
             while self._obey(started.engine):
-                self._step(started.engine)
+                if self._profiling is None:
+                    self._step(started.engine, self._hand_over)
+                else:
+                    self._profile_steps(started.engine, self._profiling)
         self._answer_all("the server is shutting down")
         self._state = "stopped"
         self._changed()
@@ -170,7 +216,7 @@ class EngineThread:
     def _obey(self, engine: Engine) -> bool:
         """Waits until there is something to do, and takes in what was asked; False when the engine is to stop."""
         with self._wake:
-            while not (self._commands or self._stopping or engine.has_unfinished()):
+            while not (self._commands or self._stopping or engine.has_unfinished() or self._profile_changes()):
                 self._wake.wait()
             if self._stopping:
                 return False
@@ -189,11 +235,37 @@ class EngineThread:
         self._hand_over(refused)
         return True
 
-    def _step(self, engine: Engine) -> None:
+    def _profile_changes(self) -> bool:
+        """Whether a profile is to be begun or ended."""
+        asked = self._profiling
+        return asked is not None and (asked.is_ended or not asked.is_begun)
+
+    def _step(self, engine: Engine, hand_over: Callable[[list[RequestOutput]], None]) -> None:
         result = engine.try_step()
         if result.failure is not None:
             log.error("a batch of %d requests failed: %s", len(result.outputs), _without_values(result.failure))
-        self._hand_over(result.outputs)
+        hand_over(result.outputs)
+
+    def _profile_steps(self, engine: Engine, asked: _Profiling) -> None:
+        """Steps as ever, with timers, until the profile is done. Where that fails, nothing else does."""
+        profiler, made = StepProfiler(engine), None
+        asked.is_begun = True
+        try:
+            profiler.start()
+            hand_over = profiler.wrap("hand over", self._hand_over)
+            while profiler.num_steps < asked.num_steps and not asked.is_ended and self._obey(engine):
+                if engine.has_unfinished():
+                    with profiler.step():
+                        self._step(engine, hand_over)
+        finally:
+            try:
+                profiler.stop()
+                short = f"ended early: {asked.num_steps} steps were asked for"
+                made = profiler.profile(*([short] if profiler.num_steps < asked.num_steps else []))
+            except Exception as error:  # noqa: BLE001 - those who are served aren't to suffer from it
+                log.error("no profile could be made: %s", _without_values(error))
+            self._profiling = None
+            asked.told(made)
 
     def _hand_over(self, outputs: list[RequestOutput]) -> None:
         """One call for a step; a request that was aborted in the meantime gets nothing."""
@@ -216,6 +288,9 @@ class EngineThread:
     def _answer_all(self, told: str) -> None:
         with self._wake:
             names = sorted(self._in_flight)
+            profiling, self._profiling = self._profiling, None
+        if profiling is not None:
+            profiling.told(None)
         self._hand_over([_error_output(name, told) for name in names])
 
 

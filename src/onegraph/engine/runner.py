@@ -8,6 +8,7 @@ Keeps: the KV cache tensors and the input buffers, on one device, made once, in 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from onegraph.engine.weights_seen import WeightsSeen
 from onegraph.errors import ConfigError, RecordingError, ShapeOutOfRangeError
 from onegraph.explanation import Explanation
 from onegraph.ir.recording import RecordedSize
+from onegraph.ir.step_clock import StepClock
 from onegraph.log import get_logger
 from onegraph.numerics.oracle import SizeCheck
 from onegraph.size_check import sizes_to_check
@@ -63,6 +65,9 @@ class Model(Protocol):
     def drop_recording(self, size: int | None, recorded_as: CUDAGraphMode) -> None:
         """Drops what was recorded."""
 
+    def timed(self, clock: StepClock) -> AbstractContextManager[bool]:
+        """Times the parts of calls; gives whether there are any to be seen."""
+
     @property
     def original(self) -> Any:
         """The model itself, uncompiled."""
@@ -82,6 +87,17 @@ class StepLogits:
     """logits [S, V] in the model's dtype; sequences[i]'s next token is sampled from rows[i]."""
 
     logits: Tensor
+    sequences: tuple[Sequence, ...]
+    rows: tuple[int, ...]
+    prompts: tuple[PromptRows, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """The forward's arguments, and the first `num_rows` of its logits that somebody needs, as in StepLogits."""
+
+    inputs: dict[str, Any]
+    num_rows: int
     sequences: tuple[Sequence, ...]
     rows: tuple[int, ...]
     prompts: tuple[PromptRows, ...]
@@ -118,6 +134,8 @@ class Runner:
         """Batches by their numbers of tokens, of those that a recording may stand for."""
         self.unrecordable: str | None = None
         """Why nothing is recorded where that was to be tried."""
+        self.told_recorded: Callable[[], None] = lambda: None
+        """Called after each batch that is recorded when it comes."""
 
     def warm_up(self, num_tokens: int) -> None:
         """Compiles (or loads) the model on `num_tokens` padding rows, which read and write no block."""
@@ -200,6 +218,22 @@ class Runner:
 
     def run(self, batch: Batch) -> StepLogits:
         """One forward over the batch."""
+        with torch.inference_mode():
+            prepared = self._prepare(batch)
+            logits = self._forward(prepared.inputs)
+        return StepLogits(logits[: prepared.num_rows], prepared.sequences, prepared.rows, prepared.prompts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs lie."""
+        return self._kv_caches[0][0].device
+
+    def timed(self, clock: StepClock) -> AbstractContextManager[bool]:
+        """Has the clock see into the model's calls; see `CompiledModel.timed`."""
+        return self._model.timed(clock)
+
+    def _prepare(self, batch: Batch) -> _Prepared:
+        """The batch as it runs, in the buffers."""
         scheduled = batch.scheduled
         computed = np.array([s.sequence.num_computed_tokens for s in scheduled])
         num_new = np.array([s.num_new_tokens for s in scheduled])
@@ -227,9 +261,7 @@ class Runner:
         if not prompts:
             is_decode = len(token_ids) == len(scheduled) == len(result_rows)
             arrays = self._padded(arrays, len(token_ids), is_decode)
-        with torch.inference_mode():
-            logits = self._forward(self._inputs(**arrays))
-        return StepLogits(logits[: len(result_rows)], sequences, rows, prompts)
+        return _Prepared(self._inputs(**arrays), len(result_rows), sequences, rows, prompts)
 
     def _padded(self, arrays: Arrays, num_tokens: int, is_decode: bool) -> Arrays:
         """The batch as it runs: padded to a recorded size, which is recorded now if this is the first such batch."""
@@ -255,6 +287,7 @@ class Runner:
                 self._record(batches, decision)
             seconds = time.perf_counter() - began
             log.info("recorded batches of %d tokens (%s) in %.2f s", decision.size, decision.mode.name, seconds)
+            self.told_recorded()
         if self._recorded is None:
             return arrays
         counters.add(f"padding_rows:{decision.mode.name}", decision.size - num_tokens)

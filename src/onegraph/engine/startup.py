@@ -6,13 +6,14 @@ stage took. This is the one place where an engine's model is compiled; `ahead_of
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from onegraph import api
+from onegraph.build_trace import trace_explanation, trace_process
 from onegraph.compiled import CompiledModel
 from onegraph.config.compilation import CUDAGraphMode
 from onegraph.config.engine import EngineConfig
@@ -34,6 +35,8 @@ from onegraph.models import BUILTIN_MODEL, LoadedModel, load_model
 from onegraph.op_kernels import OpKernels, install_op_kernels, op_kernels_begun
 from onegraph.store.lookup import Lookup
 from onegraph.targets import describe_target, resolve_device, target_for
+from onegraph.timeline import timeline
+from onegraph.torch_compat.structured_trace import trace_is_written
 
 log = get_logger(__name__)
 
@@ -84,12 +87,20 @@ class Started:
             uncovered=() if plan is None else plan.uncovered,
         )
 
+    def trace(self) -> None:
+        """Writes into torch's trace what is known of it now."""
+        trace_process(self.target, self.compiled.explain().config)
+        trace_explanation(self.explain())
+
 
 @collected_later()
-def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
+def start_engine(
+    config: EngineConfig, lookup: Lookup | None = None, made_observer: Callable[[Sequence[Any]], None] | None = None
+) -> Started:
     """Loads, compiles (or loads what was compiled before) and assembles; shows bars where stderr is a terminal.
 
-    With a `lookup` nothing is compiled: it is asked what it has, and `explain` of what is made here tells.
+    With a `lookup` nothing is compiled: it is asked what it has, and `explain` of what is made here tells. A
+    `made_observer` is told the pieces (see `BuildCall`), and nothing is recorded.
 
     Errors: ConfigError, ModelError, and what compiling raises.
     """
@@ -97,7 +108,7 @@ def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
     device = resolve_device(config.device)
     saved = None if config.artifact is None else api.open_saved(Path(config.artifact))
     target = target_for(device) if saved is None else saved.target(device)  # refuses before weights are read
-    with bar("weights", 3) as progress:
+    with bar("weights", 3) as progress, timeline.stage("weights"):
         model = load_model(
             config.model or BUILTIN_MODEL,
             dtype=config.dtype,
@@ -113,14 +124,31 @@ def start_engine(config: EngineConfig, lookup: Lookup | None = None) -> Started:
     loaded = time.perf_counter()
     begun = op_kernels_begun(target, store) if lookup is None else nullcontext()
     with bar("compile", 6) as progress, begun:
-        compiled, engine = compiled_engine(config, model, layers, limits, target, progress, lookup=lookup, saved=saved)
+        compiled, engine = compiled_engine(
+            config,
+            model,
+            layers,
+            limits,
+            target,
+            progress,
+            lookup=lookup,
+            saved=saved,
+            made_observer=made_observer,
+        )
         progress("attention kernel")
         op_kernels = NOT_ASKED if lookup is not None else install_op_kernels(target, store)
-        plan = None if lookup is not None else _record(compiled, engine, limits, progress)
+        is_watched = lookup is not None or made_observer is not None
+        with timeline.stage("record"):
+            plan = None if is_watched else _record(compiled, engine, limits, progress)
     compile_s = time.perf_counter() - loaded
-    return Started(
+    started = Started(
         engine, model, compiled, op_kernels, limits, config, target, loaded - began, compile_s, recording_plan=plan
     )
+    timeline.is_ready()
+    if trace_is_written():
+        started.trace()
+        engine.tell_recorded(started.trace)
+    return started
 
 
 def _record(compiled: CompiledModel, engine: Engine, limits: Limits, progress: Progress) -> RecordingPlan | None:
@@ -178,6 +206,7 @@ def compiled_engine(
     *,
     lookup: Lookup | None = None,
     saved: api.Saved | None = None,
+    made_observer: Callable[[Sequence[Any]], None] | None = None,
 ) -> tuple[CompiledModel, Engine]:
     """The model compiled for the calls of an engine, and that engine. Raises what compiling raises."""
     compiled = api.compiled_model(
@@ -195,6 +224,7 @@ def compiled_engine(
         saved=saved,
         target=target,
         records_by_hand=True,
+        made_observer=made_observer,
     )
     engine = assemble_engine(
         compiled,

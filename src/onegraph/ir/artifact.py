@@ -69,6 +69,32 @@ class PreparedPiece:
 
 
 @dataclass(frozen=True, eq=False)
+class PieceSource:
+    """The Python that a piece's callable runs: `text`, and the names among which it runs.
+
+    Each call looks its kernels up there, so that who profiles can put timers around them. `nodes` are the nodes of the
+    graph that it was made of, in order, by the names that comments in the text call them; None where these are the
+    piece's own.
+    """
+
+    text: str
+    names: dict[str, Any]
+    nodes: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedPiece:
+    """A piece's callable, and its Python."""
+
+    call: PieceCallable
+    source: PieceSource
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        """Runs the piece."""
+        return self.call(inputs)
+
+
+@dataclass(frozen=True, eq=False)
 class PieceCode:
     """A piece's callable that tells more about itself.
 
@@ -79,6 +105,7 @@ class PieceCode:
     call: PieceCallable
     kept_inputs: frozenset[int]
     prepared: PreparedPiece | None = None
+    source: PieceSource | None = None
 
     def __call__(self, inputs: list[Any]) -> Any:
         """Runs the piece by itself, in memory that is allocated for this call."""

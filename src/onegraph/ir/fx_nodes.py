@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -86,6 +87,26 @@ def _asks_for_inplace(node: Node) -> bool:
 @functools.lru_cache(maxsize=256)
 def _parameters(function: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
+
+
+def computed_nodes(graph: torch.fx.Graph) -> list[Node]:
+    """The nodes that compute something, in order: equal graphs have as many."""
+    return [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+
+
+def module_path(node: Node) -> str:
+    """The module from whose forward the call comes, `layers.3.mlp`; "" where it isn't known, or the whole module's."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    return re.sub(r"^L\['self'\]\.?", "", path).replace("_modules.", "").replace("._modules", "")
+
+
+def module_range(paths: Iterable[str]) -> str:
+    """The first and the last of the modules of calls in a row: `layers.3.mlp`, `layers.0 to layers.1`."""
+    named = [path for path in paths if path]
+    if not named:
+        return ""
+    return named[0] if named[0] == named[-1] else f"{named[0]} to {named[-1]}"
 
 
 def called(node: Node) -> str:

@@ -66,6 +66,19 @@ class StateEntry:
 
 
 @dataclass(frozen=True)
+class LedgerCheck:
+    """A fact of a recorded ledger, compared in another process. It may be another one in the same words."""
+
+    what: str
+    recorded: str | None
+    now: str | None
+    holds: bool
+
+    def to_dict(self) -> dict[str, object]:
+        return {"what": self.what, "recorded": self.recorded, "now": self.now, "holds": self.holds}
+
+
+@dataclass(frozen=True)
 class StateRead:
     """How an entry is checked: `expression` over `names` reads the value now; `condition` on `{x}` says it changed."""
 

@@ -95,7 +95,10 @@ def decides_by_values(op: Any) -> bool:
 
 
 def function_of(op: Any, dispatch_key: str) -> Callable[..., Any] | None:
-    """What the dispatcher calls for an overload of an op of ours, with plain tensors; None for another's."""
+    """What the dispatcher calls for an overload of an op of ours, with plain tensors; None for another's.
+
+    Without a dispatch key it is the reference.
+    """
     namespace, _, overload = op.name().partition("::")
     if namespace != LIBRARY.ns:
         return None

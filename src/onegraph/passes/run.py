@@ -39,7 +39,6 @@ from onegraph.passes.check import check_rewrite
 from onegraph.torch_compat import fake_runs, shapes
 from onegraph.torch_compat.graph_text import graph_text
 from onegraph.torch_compat.op_modes import enters_autocast, is_transformed
-from onegraph.torch_compat.structured_trace import trace_text
 
 WhyNot = Callable[[Sequence[WeightInput]], str | None]
 """Why weights can't be merged; None where they can."""
@@ -72,16 +71,9 @@ def pass_settings(
     config: ResolvedConfig,
     target: Target,
     fuel: Fuel | None = None,
-    observer: PassObserver | None = None,
+    observer: PassObserver = lambda piece, name, graph_module: None,
 ) -> PassSettings:
-    """As the configuration has them, without weights and region. `observer` may be None; a trace gets each graph."""
-
-    def observe(piece: int, name: str, graph_module: torch.fx.GraphModule) -> None:
-        shown = f"piece_{piece}_{f'after_{name}' if name else 'before_passes'}"
-        trace_text(shown, lambda: graph_module.print_readable(print_output=False))
-        if observer is not None:
-            observer(piece, name, graph_module)
-
+    """As the configuration has them, without weights and region."""
     return PassSettings(
         passes=passes,
         region=None,
@@ -89,7 +81,7 @@ def pass_settings(
         left_alone=frozenset(config.eager_pieces),
         check=config.check_passes,
         fuel=fuel or Fuel(),
-        observer=observe,
+        observer=observer,
     )
 
 

@@ -13,7 +13,8 @@ import hashlib
 import linecache
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from onegraph.ir.artifact import PieceCallable
@@ -23,10 +24,13 @@ from onegraph.plan.memory import Block, StepMemory
 _FILENAME = "<onegraph plan "
 
 
-def plan_source(plan: ExecutionPlan, num_regions: int = 1, sizes: tuple[str, ...] | None = None) -> str:
+def plan_source(
+    plan: ExecutionPlan, num_regions: int = 1, sizes: tuple[str, ...] | None = None, *, is_timed: bool = False
+) -> str:
     """The function's text. `pieces[3]` is the callable of piece 3, in the region that has the call's size.
 
-    `sizes` are the inputs from which the places of intermediate values follow; None where each piece allocates.
+    `sizes` are the inputs from which the places of intermediate values follow; None where each piece allocates. With
+    `is_timed` each piece's call stands between calls of `__enter(3)` and `__leave()`.
     """
     lines = [f"def run({', '.join(plan.inputs)}):"]
     region = "0" if num_regions == 1 else f"__region_of({plan.size})"
@@ -36,7 +40,7 @@ def plan_source(plan: ExecutionPlan, num_regions: int = 1, sizes: tuple[str, ...
         lines.append("    __block = __memory.take()")
         lines.append(f"    __pieces = __block.pieces({', '.join((region, *sizes))})")
     for call in plan.calls:
-        lines += [f"    {line}" for line in _call_lines(call, set(plan.inputs))]
+        lines += [f"    {line}" for line in _call_lines(call, set(plan.inputs), is_timed)]
     if sizes is not None:
         lines.append("    __memory.give(__block)")
     results = ", ".join(one if isinstance(one, str) else repr(one) for one in plan.results)
@@ -44,7 +48,7 @@ def plan_source(plan: ExecutionPlan, num_regions: int = 1, sizes: tuple[str, ...
     return "\n".join(lines) + "\n"
 
 
-def _call_lines(call: PlanCall, parameters: set[str]) -> list[str]:
+def _call_lines(call: PlanCall, parameters: set[str], is_timed: bool) -> list[str]:
     """The call's inputs go over in a list, which the piece empties: what ends inside of it is freed there."""
     comment = f"  # {call.comment}" if call.comment else ""
     lines = [f"__args = [{', '.join(call.inputs)}]{comment}"]
@@ -53,7 +57,8 @@ def _call_lines(call: PlanCall, parameters: set[str]) -> list[str]:
         lines.append(f"del {', '.join(ends)}")
     outputs = ", ".join(call.outputs) + ("," if len(call.outputs) == 1 else "")
     call_code = f"__pieces[{call.piece}](__args)"
-    lines.append(f"{outputs} = {call_code}" if outputs else call_code)
+    called = f"{outputs} = {call_code}" if outputs else call_code
+    lines += [f"__enter({call.piece})", called, "__leave()"] if is_timed else [called]
     unused = [name for name in call.frees if name in call.outputs]
     if unused:
         lines.append(f"del {', '.join(unused)}")
@@ -70,16 +75,36 @@ def plan_function(
 
     `sizes` as for `plan_source`.
     """
-    source = plan_source(plan, len(regions), sizes)
-    filename = f"{_FILENAME} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     pieces = [list(one) for one in regions]
-    namespace: dict[str, Any] = {"__regions": pieces, "__region_of": region_of}
+    namespace: dict[str, Any] = {"__regions": pieces, "__region_of": region_of, "__plan": plan, "__sizes": sizes}
     if sizes is not None:
         namespace["__memory"] = StepMemory(functools.partial(Block, plan, pieces, sizes))
+    return _defined(plan_source(plan, len(regions), sizes), namespace)
+
+
+def _defined(source: str, namespace: dict[str, Any]) -> Callable[..., Any]:
+    filename = f"{_FILENAME} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     exec(compile(source, filename, "exec"), namespace)  # noqa: S102 - our own text
     function: Callable[..., Any] = namespace["run"]
     return function
+
+
+@contextmanager
+def timed_pieces(function: Callable[..., Any], enter: Callable[[int], Any], leave: Callable[[], Any]) -> Iterator[None]:
+    """Inside, a function made by `plan_function` calls `enter` with a piece's number before it runs it, then `leave`.
+
+    It is the function itself, which others hold, with other code for a time: at other times nothing asks for timers.
+    """
+    names = function.__globals__
+    source = plan_source(names["__plan"], len(names["__regions"]), names["__sizes"], is_timed=True)
+    before, function.__code__ = function.__code__, _defined(source, {}).__code__
+    names |= {"__enter": enter, "__leave": leave}
+    try:
+        yield
+    finally:
+        function.__code__ = before
+        names |= {"__enter": lambda piece: None, "__leave": lambda: None}  # for a call that is still under way
 
 
 def input_function(plan: ExecutionPlan, expressions: Sequence[str | None]) -> Callable[..., tuple[Any, ...]]:

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onegraph.serve.api_errors import ApiError
 
-PROTECTED = ("/v1/", "/explain/")
+PROTECTED = ("/v1/", "/explain/", "/profile/")
 BODY_TIMEOUT_S = 60
 
 

@@ -67,7 +67,8 @@ def of_validation(error: RequestValidationError, fields: Iterable[str]) -> ApiEr
     found = error.errors()
     # Of a field that may be of several kinds, the error that lies deepest is of the kind that was meant.
     first = max((one for one in found if one["loc"][:2] == found[0]["loc"][:2]), key=lambda one: len(one["loc"]))
-    place = [str(part)[:100].encode(errors="replace").decode() for part in first["loc"] if part != "body"]
+    parts = (part for part in first["loc"] if part not in ("body", "query"))
+    place = [str(part)[:100].encode(errors="replace").decode() for part in parts]
     if first["type"] == "json_invalid":
         why = first.get("ctx", {}).get("error", "it ends too early")
         return ApiError(400, f"the body isn't JSON: {why}", code="bad_json")

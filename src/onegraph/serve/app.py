@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from onegraph.serve import chat, completions
+from onegraph.serve import chat, completions, profiles
 from onegraph.serve.access import ApiKeys, BodyLimit
 from onegraph.serve.answers import ChatCompletion, Completion, ErrorAnswer, Facts, ModelCard, ModelList
 from onegraph.serve.api_errors import ApiError, install, not_ready
@@ -19,9 +19,13 @@ from onegraph.serve.protocol import ChatCompletionRequest, CompletionRequest
 from onegraph.serve.settings import ServeSettings
 from onegraph.version import __version__
 
-FIELDS = {completions.PATH: CompletionRequest.model_fields, chat.PATH: ChatCompletionRequest.model_fields}
+FIELDS = {
+    completions.PATH: CompletionRequest.model_fields,
+    chat.PATH: ChatCompletionRequest.model_fields,
+    profiles.PATH: profiles.ProfileRequest.model_fields,
+}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
+    status: {"model": ErrorAnswer} for status in (400, 401, 404, 408, 409, 413, 429, 500, 503, 504)
 }
 
 
@@ -75,6 +79,11 @@ def make_app(client: EngineClient, settings: ServeSettings, *, names: tuple[str,
     async def explain() -> Facts:
         """How the model was compiled, and the effective settings with why."""
         return client.started.compiled.explain().to_dict()
+
+    @app.get(profiles.PATH, responses=ERRORS)
+    async def profile(request: Request, asked: Annotated[profiles.ProfileRequest, Query()]) -> Response:
+        """Where the time of the next steps goes, of the requests that are served meanwhile."""
+        return await profiles.profile(client, request, asked)
 
     @app.get("/health", responses=ERRORS)
     async def health() -> Response:

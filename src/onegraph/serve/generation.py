@@ -73,7 +73,7 @@ class Form(ABC):
 async def answer_whole(request: Request, job: Job, form: Form, metrics: Metrics) -> Response:
     """Waits for all of it; a client that hangs up meanwhile ends the job."""
     collecting = asyncio.ensure_future(_collected(job, form, metrics))
-    leaving = asyncio.ensure_future(_hung_up(request))
+    leaving = asyncio.ensure_future(hung_up(request))
     try:
         await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
@@ -156,6 +156,7 @@ def _ended(sample: CompletionOutput, form: Form, metrics: Metrics) -> None:
         metrics.requests.labels(form.endpoint, sample.finish_reason).inc()
 
 
-async def _hung_up(request: Request) -> None:
+async def hung_up(request: Request) -> None:
+    """Returns when the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

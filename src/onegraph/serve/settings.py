@@ -25,7 +25,7 @@ class ServeSettings:
     api_key: tuple[str, ...] = _setting(
         (),
         str,
-        "a key that /v1 and /explain ask for, as `Authorization: Bearer KEY`; more than one may be given",
+        "a key that /v1, /explain and /profile ask for, as `Authorization: Bearer KEY`; more than one may be given",
         several=True,
     )
     served_model_name: tuple[str, ...] = _setting(

@@ -8,14 +8,13 @@ needed. Inputs stand in the order of their first use, so that equal pieces are e
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from onegraph.ir.fx_nodes import value_of
+from onegraph.ir.fx_nodes import module_path, module_range, value_of
 from onegraph.ir.graph import FlatGraph
 from onegraph.ir.piece import Piece, SplitGraph
 from onegraph.split.normalise import normalise
@@ -97,7 +96,7 @@ def _piece(
         inputs=tuple(node.name for node in inputs),
         outputs=tuple(node.name for node in outputs),
         why=_why(run, splitting_ops),
-        module_path=_module_path(run.nodes),
+        module_path=module_range(map(module_path, run.nodes)),
         eager_why=eager_reason(inputs, changed, outputs, changed_later),
     )
 
@@ -179,17 +178,3 @@ def _why(run: Run, splitting_ops: Collection[str]) -> str:
             line = shapes.user_line(node.meta.get("stack_trace"))
             told.append(f"{op_name(node)}{f' at {line}' if line else ''}")
     return ", ".join(told)
-
-
-def _module_path(nodes: list[Node]) -> str:
-    """The modules from whose forward the first and the last operation come: `layers.3.mlp`, `layers.0 to layers.1`."""
-    paths = []
-    for node in nodes:
-        stack = node.meta.get("nn_module_stack") or {}
-        if stack:
-            path = str(list(stack.values())[-1][0])
-            paths.append(re.sub(r"^L\['self'\]\.?", "", path).replace("_modules.", "").replace("._modules", ""))
-    named = [path for path in paths if path]
-    if not named:
-        return ""
-    return named[0] if named[0] == named[-1] else f"{named[0]} to {named[-1]}"

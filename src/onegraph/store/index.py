@@ -17,6 +17,7 @@ from typing import TypeVar
 from onegraph.errors import OnegraphError
 from onegraph.ir.artifact import Artifact
 from onegraph.ir.key import Key
+from onegraph.ir.ledger import LedgerCheck
 from onegraph.log import get_logger
 from onegraph.store.layer import INDEXED
 from onegraph.store.manifest import SHA256
@@ -33,9 +34,13 @@ Loaded = TypeVar("Loaded")
 
 @dataclass(frozen=True)
 class Miss:
-    """Why no trace was taken: for each that there is, in words, that which was nearest first."""
+    """Why no trace was taken: for each that there is, in words, that which was nearest first.
+
+    `checks` are those of the nearest one's facts, as far as they were made.
+    """
 
     reasons: tuple[str, ...]
+    checks: tuple[LedgerCheck, ...] = ()
 
     def __str__(self) -> str:
         return self.reasons[0] if self.reasons else "no trace of this code under this configuration is kept"
@@ -44,12 +49,13 @@ class Miss:
 class TraceRefusedError(Exception):
     """Raised by `load`: the trace isn't for this module or call, or what it needs is gone; the message says why.
 
-    `num_held` is how many of its facts were found to hold before.
+    `num_held` is how many of its facts were found to hold before, `checks` are those of its values.
     """
 
-    def __init__(self, message: str, num_held: int = 0) -> None:
+    def __init__(self, message: str, num_held: int = 0, checks: tuple[LedgerCheck, ...] = ()) -> None:
         super().__init__(message)
         self.num_held = num_held
+        self.checks = checks
 
 
 class Index:
@@ -63,7 +69,7 @@ class Index:
 
         `load(contents, key)` raises TraceRefusedError. What else it raises quarantines the trace.
         """
-        reasons: list[tuple[int, str]] = []
+        refusals: list[TraceRefusedError] = []
         for key in self._newest_first(digest):
             stored = self._store.read(key)
             if stored is None:  # gone, quarantined, or without the signature that is asked for
@@ -76,13 +82,14 @@ class Index:
             try:
                 return load(stored.files[CONTENTS].read_bytes(), key)
             except TraceRefusedError as refused:
-                reasons.append((refused.num_held, str(refused)))
+                refusals.append(refused)
             except (OnegraphError, FileNotFoundError) as error:
-                reasons.append((0, str(error).splitlines()[0]))
+                refusals.append(TraceRefusedError(str(error).splitlines()[0]))
             except Exception as error:  # noqa: BLE001 - whatever is wrong with a stored trace, tracing anew mends it
                 self._store.quarantine(key, f"it can't be loaded: {type(error).__name__}: {error}")
                 self._forget(digest, key)
-        return Miss(tuple(reason for _, reason in sorted(reasons, key=lambda one: -one[0])))
+        refusals.sort(key=lambda one: -one.num_held)
+        return Miss(tuple(map(str, refusals)), refusals[0].checks if refusals else ())
 
     def keep(self, digest: str, contents: bytes, what: str, seconds: float) -> str | None:
         """Keeps a trace, if the store keeps anything and the disk takes it; gives its key then.

@@ -195,6 +195,22 @@ class Store:
         """The entry that is most like a key, of those that were there when this was first asked."""
         return nearest(key, self._known, self._graph_of)
 
+    def nearest_to(self, digest: str) -> Nearest | None:
+        """As `nearest`, of a key that has an entry by now; None where it can't be read."""
+        for layer in self.layers:
+            with contextlib.suppress(ManifestError, UnsignedError, OSError):
+                manifest = layer.manifest(digest)
+                return self.nearest(Key(digest, manifest.factors, self._graph_of(manifest)))
+        return None
+
+    def path_of(self, digest: str, name: str) -> Path | None:
+        """Where a file of a key's entry lies, unread; None where there is none."""
+        for layer in self.layers:
+            with contextlib.suppress(ManifestError, UnsignedError, OSError, KeyError):
+                path: Path = layer.blob(layer.manifest(digest).files[name].sha256)
+                return path
+        return None
+
     @cached_property
     def _known(self) -> list[Manifest]:
         used = {digest: layer.last_used(digest) for layer in reversed(self.layers) for digest in layer.digests()}

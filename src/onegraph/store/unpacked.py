@@ -66,8 +66,7 @@ def unpack(
 
     Raises ArtifactError where the disk doesn't take it.
     """
-    found = sorted((root / UNPACKED).glob(f"*-{key[:_SHOWN_KEY]}"))
-    folder = found[0] if found else root / UNPACKED / f"piece_{piece}-{key[:_SHOWN_KEY]}"
+    folder = unpacked_folder(root, key) or root / UNPACKED / f"piece_{piece}-{key[:_SHOWN_KEY]}"
     texts = {**sources, **shown}
     originals = {name: _digest(text.encode()) for name, text in texts.items()}
     written = _record(folder).get("files", {})
@@ -93,6 +92,17 @@ def unpack(
     for name in shown.keys() & edited:
         log.warning("%s was edited, and is only for reading: nothing there takes effect", folder / name)
     return Edits(folder, tuple(name for name in edited if name in sources), piece, key, factors)
+
+
+def unpacked_folder(root: Path, key: str) -> Path | None:
+    """The folder that a key was unpacked to; None where it wasn't."""
+    return min((root / UNPACKED).glob(f"*-{key[:_SHOWN_KEY]}"), default=None)
+
+
+def key_of(folder: Path) -> str | None:
+    """The key that a folder was unpacked for; None for one without a record."""
+    key = _record(folder).get("key")
+    return key if isinstance(key, str) else None
 
 
 def built_of(edits: Edits, sources: Iterable[str]) -> Path:

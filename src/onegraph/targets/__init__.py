@@ -11,6 +11,7 @@ from onegraph.config.resolve import DeviceRules
 from onegraph.errors import ConfigError, nearest
 from onegraph.ir.target import Target
 from onegraph.targets.cpu.march import NAMES, march_named
+from onegraph.timeline import timeline
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +90,7 @@ def resolve_device(name: str) -> str:
         raise ConfigError(f"device={name!r}", where="device", hint=nearest(str(name), DEVICES))
     if name == "cpu":
         return name
+    timeline.imports("torch")
     from onegraph.targets.cuda import device
 
     missing = device.problem()

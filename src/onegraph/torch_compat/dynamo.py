@@ -27,7 +27,6 @@ from torch._dynamo import decorators, symbolic_convert
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, TorchDynamoException, Unsupported
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
-from torch._guards import CompileContext, compile_context
 from torch.fx.experimental.symbolic_shapes import (
     ConstraintViolationError,
     GuardOnDataDependentSymNode,
@@ -43,6 +42,7 @@ from onegraph.torch_compat.guards import guard_facts
 from onegraph.torch_compat.identity import Identities, identities
 from onegraph.torch_compat.lookups import lookups
 from onegraph.torch_compat.shapes import RawCondition, asserted_while_tracing, declared_symbols, inferred_strides
+from onegraph.torch_compat.structured_trace import first_attempt, new_compile_context
 from onegraph.torch_compat.tensor_questions import tensor_questions
 from onegraph.torch_compat.traced_function import python_callable, traced_function
 
@@ -144,9 +144,9 @@ def compile_scope(name: str) -> Iterator[None]:
     with (
         COMPILE_LOCK,
         collected_later(),
+        new_compile_context(),  # around the metrics, which are written at the end
         get_metrics_context(),
         dynamo_timed(name),
-        compile_context(CompileContext(convert_frame.get_compile_id({}))),
     ):
         yield
 
@@ -195,7 +195,10 @@ def capture(
         effects() as written,
     ):
         warnings.filterwarnings("ignore", "Dynamo does not know how to trace")  # the error that follows says it
-        output = convert_frame._fullgraph_capture_frame(frame)
+        try:
+            output = convert_frame._fullgraph_capture_frame(frame)
+        finally:
+            first_attempt()
     graph_output, backend_input = output.graph_capture_output, output.backend_input
     if backend_input is None:
         raise Unsupported("there is no tensor operation in the traced function")

@@ -18,8 +18,10 @@ import torch._inductor.config
 from torch._functorch._aot_autograd.schemas import MutationType, OutputType
 from torch._inductor import async_compile, compile_fx
 from torch._inductor import utils as inductor_utils
+from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.graph import GraphLowering
 from torch._inductor.sizevars import SizeVarAllocator
+from torch._inductor.virtualized import V
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from onegraph.errors import ConfigError, nearest
@@ -100,7 +102,8 @@ def compile_graph(
 
     context = torch._guards.TracingContext(fake_mode)
     collecting = _collect_kernels(collected, unbuilt)
-    with torch.no_grad(), torch._guards.tracing(context), collecting, _fusing_by_hints(), toolchain_as_declared():
+    tracing = torch._guards.tracing(context)
+    with torch.no_grad(), tracing, collecting, _fusing_by_hints(), _origins_told(), toolchain_as_declared():
         function = compile_fx.compile_fx(
             graph_module, fake_inputs, inner_compile=inner_compile, config_patches={**options, _FIRST_PASS: first_pass}
         )
@@ -262,6 +265,24 @@ def _fusing_by_hints() -> Iterator[None]:
         yield
     finally:
         GraphLowering.get_dep_size_hint = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _origins_told() -> Iterator[None]:
+    """Inside, a comment above each call of a C++ kernel names the graph's nodes, as above calls of all others."""
+    original = CppScheduling.codegen_comment
+
+    def codegen_comment(self: Any, node_schedule: Any, kernel_name: str | None = None) -> None:
+        wrapper = V.graph.wrapper_code
+        origins, _ = inductor_utils.get_kernel_metadata(list(node_schedule), wrapper)
+        wrapper.make_comment(origins)
+        original(self, node_schedule, kernel_name)
+
+    CppScheduling.codegen_comment = codegen_comment  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CppScheduling.codegen_comment = original  # type: ignore[method-assign]
 
 
 def _why_not_portable(

@@ -1,10 +1,11 @@
-"""Modes that change every operator under a block: computing in fp64, and filling memory that nobody has written.
+"""Modes that change operators under a block: computing in fp64, filling fresh memory, other functions in their place.
 
 Takes nothing; used as context managers around an eager run. They keep nothing and change no module.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,6 +63,17 @@ class FilledMemory(TorchDispatchMode):
         if func._schema.name in _ALLOCATORS:
             result.fill_(self.value if result.is_floating_point() else int(self.value) % 2)
         return result
+
+
+class Replaced(TorchDispatchMode):
+    """Where `function_for(operator)` gives a function, that is called in place of the operator."""
+
+    def __init__(self, function_for: Callable[[Any], Callable[..., Any] | None]) -> None:
+        super().__init__()
+        self._function_for = function_for
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (self._function_for(func) or func)(*args, **(kwargs or {}))
 
 
 def enters_autocast(node: torch.fx.Node) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from onegraph.ir.artifact import Artifact
 from onegraph.ir.key import Key
 from onegraph.store.manifest import Manifest
 from onegraph.store.nearest import ABSENT, Difference, differences, first_difference, nearest, packed_graph
+from onegraph.store.store import Store
 
 TEXTS = {"g1": "%0 = x\n%1 = exp\n%2 = output", "g2": "%0 = x\n%1 = sin\n%2 = output", "g3": "%0 = y"}
 
@@ -78,3 +80,16 @@ def test_the_first_line_that_differs(was: str, now: str, told: tuple[str, str]) 
 
 def test_equal_graphs_are_packed_alike() -> None:
     assert packed_graph("a" * 99) == packed_graph("a" * 99) != packed_graph("a" * 98)
+
+
+def test_an_entry_is_compared_with_those_before_it(tmp_path: Path) -> None:
+    store, old, new = Store(tmp_path), key("g1", threads=1), key("g1", threads=2)
+    store.write(Artifact(old, {"wrapper.py": b"old"}))
+    assert old.digest[:12] in store.why_missed(new)
+    store.write(Artifact(new, {"wrapper.py": b"new"}))
+    near = store.nearest_to(new.digest)
+    assert near is not None and near.manifest.key == old.digest
+    assert [one.to_dict() for one in near.differs] == [{"field": "threads", "was": 1, "is": 2}]
+    path = store.path_of(new.digest, "wrapper.py")
+    assert path is not None and path.read_bytes() == b"new"
+    assert store.nearest_to("0" * 64) is None and store.path_of(new.digest, "kernels.so") is None

@@ -122,7 +122,7 @@ class CpuTarget:
         """The library of the edited text, whose errors and debug information name the edited file."""
         path = sources[SOURCE]
         text = f"#line 1 {json.dumps(str(path))}\n{path.read_text()}"
-        return {LIBRARY: self._start(text, f"building the edited {path}").files()[LIBRARY]}
+        return {LIBRARY: self._start(text, f"building the edited {path}", ("-g",)).files()[LIBRARY]}
 
     def op_kernel_factors(self) -> dict[str, Any]:
         """Source, flags with what torch derives more of them from, and the machine; not the number of threads."""
