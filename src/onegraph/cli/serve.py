@@ -75,7 +75,7 @@ def parsed(words: list[str]) -> tuple[EngineConfig, ServeSettings, bool]:
     parser = Parser(
         prog="onegraph serve",
         description="Serves a model: /v1/models, /v1/completions, /v1/chat/completions as OpenAI's API has them; "
-        "/health, /ready, /explain, /metrics, /version. Ctrl-C drains.",
+        "/health, /ready, /explain, /profile, /metrics, /version. Ctrl-C drains.",
         epilog=EXAMPLE,
     )
     add_model_flags(parser)
