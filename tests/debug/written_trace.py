@@ -12,20 +12,22 @@ HOSTILE = "<script>document.title = 'owned'</script><img src=https://example.com
 MODEL_FILE = "/home/someone/with/a/rather/long/path/to/models/modeling_decoder.py"
 
 
-def line(kind: str, value: Any, payload: str | None = None, *, pid: int = 4242) -> str:
-    """One entry as torch's handler writes it."""
+def line(kind: str, value: Any, payload: str | None = None, *, pid: int = 4242, frame: int | None = None) -> str:
+    """One entry as torch's handler writes it; `frame` is the number of its compile."""
     header: dict[str, Any] = {kind: value}
+    if frame is not None:
+        header |= {"frame_id": frame, "frame_compile_id": 0, "attempt": 0}
     if payload is not None:
         header["has_payload"] = hashlib.md5(payload.encode(), usedforsecurity=False).hexdigest()
     text = f"V1201 10:15:00.123456 {pid} torch/_logging/structured.py:42] {json.dumps(header)}\n"
     return text + ("" if payload is None else "".join(f"\t{one}\n" for one in payload.split("\n")))
 
 
-def entry(name: str, value: Any, *, pid: int = 4242) -> str:
+def entry(name: str, value: Any, *, pid: int = 4242, frame: int | None = None) -> str:
     """An entry of onegraph's: a text, or facts as JSON."""
     payload = value if isinstance(value, str) else json.dumps(value, indent=1)
     encoding = "string" if isinstance(value, str) else "json"
-    return line("artifact", {"name": f"onegraph_{name}", "encoding": encoding}, payload, pid=pid)
+    return line("artifact", {"name": f"onegraph_{name}", "encoding": encoding}, payload, pid=pid, frame=frame)
 
 
 def write_trace(folder: Path, entries: Mapping[str, Any], *, pid: int = 4242) -> Path:

@@ -64,17 +64,17 @@ def main(words: list[str]) -> int:
     rounds = Rounds(llm, options.requests, options.prompt_len, options.output_len)
     facts = rounds.measured(options.rounds)
     profiles = rounds.profiled() if options.profile else {}
-    if file is not None:
-        _write(file, profiles)
     if options.json:
         shown = {name: profile.to_dict() for name, profile in profiles.items()}
-        print(json.dumps({**facts, "profile": shown or None}, indent=1))
-        return 0
-    print("\n" + "\n".join(_lines(facts)))
-    for name, profile in profiles.items():
-        print(f"\n{name}: {profile}")
-    if file is not None:
-        print(f"\nfor ui.perfetto.dev: {file}")
+        print(json.dumps({**facts, "profile": shown or None}, indent=1), flush=True)
+    else:
+        print("\n" + "\n".join(_lines(facts)))
+        for name, profile in profiles.items():
+            print(f"\n{name}: {profile}", flush=True)
+    if file is not None:  # after what was measured: the disk may be full
+        _write(file, profiles)
+        if not options.json:
+            print(f"\nfor ui.perfetto.dev: {file}")
     return 0
 
 
@@ -244,4 +244,6 @@ def _write(file: Path, profiles: dict[str, StepProfile]) -> None:
     try:
         file.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
     except OSError as error:
+        if file.is_file():
+            file.unlink(missing_ok=True)  # a half of it
         raise ConfigError(f"{file} can't be written: {error.strerror}", where="--perfetto") from error

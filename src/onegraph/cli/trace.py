@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from onegraph.cli.flags import Parser, UsageError, add_model_flags, engine_config, split_compilation_words
 from onegraph.env import process_variables
+from onegraph.errors import TraceError
 
 if TYPE_CHECKING:
     from onegraph.debug.traced_command import TracedRun
@@ -29,8 +30,9 @@ def main(words: list[str]) -> int:
     options = _parsed(ours, command)
     from onegraph.debug.compare import read_facts
     from onegraph.debug.report import build_report
+    from onegraph.debug.report_folder import TRACE_FOLDER, refuse_folder
     from onegraph.debug.trace_log import find_logs
-    from onegraph.debug.traced_command import TRACE_FOLDER, kept_run, run_traced
+    from onegraph.debug.traced_command import kept_run, run_traced
 
     if options.compare is not None:
         read_facts(options.compare)  # what can't be compared is told before minutes are spent
@@ -40,8 +42,11 @@ def main(words: list[str]) -> int:
         logs = find_logs(inside if inside.is_dir() else options.source)
         folder = options.out or (options.source if inside.is_dir() else _new_folder())
         run = kept_run(options.source)
+        if not logs:
+            raise TraceError("there is no trace", where=str(options.source), hint="give what TORCH_TRACE wrote")
     else:
         folder = options.out or _new_folder()
+        refuse_folder(folder)
         _tell(f"tracing into {folder}: {' '.join(command or ['onegraph', 'run', *_passed_on(ours)])}")
         started = command or [sys.executable, "-P", "-m", "onegraph.cli.main", "run", *_passed_on(ours)]
         run = run_traced(started, folder, output=sys.stderr if options.json else None)

@@ -1,8 +1,8 @@
 """Builds the report of a trace: one folder of static pages, which need no network, above tlparse's own.
 
 Takes the trace's files and nothing of the process that wrote them. All text of a trace is escaped, and the pages'
-policy lets in no script and no address but our own. The layout: `index.html`, `pages/`, `texts/` for one process, with
-several the same in a folder for each and a front page; `facts.json`; `tlparse/<process>/`.
+policy lets in no script and no address but our own. The layout: `index.html`, `pages/`, `texts/` for one build of one
+process, with several the same in a folder for each and a front page; `facts.json`; `tlparse/<process>/`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from markupsafe import Markup
 from onegraph.debug.compare import FACTS_FILE, FORMAT, compare, read_facts
 from onegraph.debug.profile_facts import merged_rows
 from onegraph.debug.report_facts import process_facts
+from onegraph.debug.report_folder import refuse_folder, unwritable
 from onegraph.debug.report_words import FILTERS
 from onegraph.debug.svg_flame import flame_picture
 from onegraph.debug.svg_pipeline import pipeline_across, pipeline_down, stage_boxes
@@ -44,17 +45,18 @@ def build_report(
 ) -> dict[str, Any]:
     """Writes the report of these files and gives its facts. `other` is a report to compare with.
 
-    Raises TraceError where there is no trace, or `other` is no report.
+    Raises TraceError where there is no trace, `other` is no report, or the folder can't be written or has other things.
     """
-    if not logs:
+    refuse_folder(folder)
+    traces = [trace for path in logs for trace in read_trace_log(path)]
+    if all(trace.pid is None for trace in traces):
         told, hint = (
             "there is no trace",
             "torch writes one when something is compiled: does the command compile anything?",
         )
         if run is not None and run.exit_code != 0:
             told, hint = f"the command ended with exit code {run.exit_code} before it wrote a trace", "see what it said"
-        raise TraceError(told, where=str(folder), hint=hint)
-    traces = [read_trace_log(path) for path in logs]
+        raise TraceError(told, where=", ".join(map(str, logs)) or str(folder), hint=hint)
     found = [process_facts(trace) for trace in traces]
     names = ["."] if len(traces) == 1 else _folder_names(found)
     for facts, name in zip(found, names, strict=True):
@@ -67,19 +69,31 @@ def build_report(
         "processes": found,
         "compare": None if other is None else comparisons,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FACTS_FILE).write_text(json.dumps(whole, indent=1, default=str))
-    for trace, facts, differences in zip(traces, found, comparisons, strict=True):
-        name = f"process-{facts['pid']}" if facts["folder"] == "." else facts["folder"]
-        tlparse = render_with_tlparse(trace.path, folder / "tlparse" / name)
-        _ProcessReport(folder, facts, trace, run).write(tlparse, differences, other)
-    if len(found) > 1:
-        _write_front_page(folder, found, run)
+    try:
+        _write_report(folder, whole, traces, run, other)
+    except OSError as error:
+        raise unwritable(folder, error) from error
     return whole
 
 
+def _write_report(
+    folder: Path, whole: Mapping[str, Any], traces: Sequence[TraceLog], run: TracedRun | None, other: Path | None
+) -> None:
+    found = whole["processes"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FACTS_FILE).write_text(json.dumps(whole, indent=1, default=str))
+    rendered: dict[Path, TlparseReport] = {}
+    for trace, facts, differences in zip(traces, found, whole["compare"] or [None] * len(found), strict=True):
+        if trace.path not in rendered:
+            name = f"process-{facts['pid']}" if facts["folder"] == "." else facts["folder"]
+            rendered[trace.path] = render_with_tlparse(trace.path, folder / "tlparse" / name)
+        _ProcessReport(folder, facts, trace, run).write(rendered[trace.path], differences, other)
+    if len(found) > 1:
+        _write_front_page(folder, found, run)
+
+
 def _folder_names(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A folder for each process, by its number; two of one number, as of two containers, are told apart."""
+    """A folder for each build, by its process's number; several of one process, or of one number, are told apart."""
     names: list[str] = []
     for facts in found:
         name = f"process-{facts['pid']}"
@@ -88,24 +102,29 @@ def _folder_names(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _compared(found: Sequence[Mapping[str, Any]], other: Path | None) -> list[dict[str, Any] | None]:
-    """Each process beside the other report's in the same place."""
+    """Each build beside the other report's of the same model, in their order; one alone beside one alone."""
     if other is None:
         return [None] * len(found)
     befores = read_facts(other)["processes"]
+    by_model: dict[Any, list[Any]] = {}
+    for before in befores:
+        by_model.setdefault(before.get("model"), []).append(before)
     differences: list[dict[str, Any] | None] = []
-    for number, facts in enumerate(found):
-        if number >= len(befores):
+    for facts in found:
+        same = befores if len(befores) == len(found) == 1 else by_model.get(facts["model"], [])
+        if not same:
             differences.append(None)
             continue
+        before = same.pop(0)
         try:
-            topics = compare(befores[number], facts)
+            topics = compare(before, facts)
         except (AttributeError, KeyError, TypeError) as error:
             raise TraceError(
                 f"the facts of the other trace can't be compared: {error!r}",
                 where=str(other),
                 hint="build its report anew with this version: onegraph trace --from",
             ) from error
-        differences.append({"against": str(other), "topics": topics})
+        differences.append({"against": str(other), "folder": str(before.get("folder") or "."), "topics": topics})
     return differences
 
 
@@ -156,7 +175,10 @@ class _ProcessReport:
             regions = piece_regions(group, self._entries)
             self._page(f"piece-{group['index']}", "piece", group=group, regions=regions)
         if differences is not None and other is not None:
-            differences = {**differences, "pages": self._write_changed_texts(differences["topics"]["code"], other)}
+            top = other if other.is_dir() else other.parent
+            texts = top / differences["folder"] / "texts"
+            rows = differences["topics"]["code"]
+            differences = {**differences, "pages": self._write_changed_texts(rows, texts, str(other))}
         self._write_index(tlparse, differences)
 
     def _page(self, name: str, template: str, **facts: Any) -> None:
@@ -169,10 +191,9 @@ class _ProcessReport:
                 cut = self._facts["texts"][name]["lines"] > MOST_LINES
                 self._page(name, "text", title=title, about=about, lines=lines, cut=cut, raw=name, diff=False)
 
-    def _write_changed_texts(self, rows: Sequence[Mapping[str, Any]], other: Path) -> set[str]:
-        """A page for each text that both reports have, and that differs; the other's stand in its folder."""
+    def _write_changed_texts(self, rows: Sequence[Mapping[str, Any]], folder: Path, other: str) -> set[str]:
+        """A page for each text that both reports have, and that differs; the other's stand in `folder`."""
         written = set()
-        folder = (other if other.is_dir() else other.parent) / self._facts["folder"] / "texts"
         for row in rows[:_MOST_COMPARED]:
             name = row["name"]
             before = folder / f"{name}.txt"
@@ -226,11 +247,15 @@ def _sections(facts: Mapping[str, Any], differences: Mapping[str, Any] | None) -
 
 
 def _write_front_page(folder: Path, found: Sequence[Mapping[str, Any]], run: TracedRun | None) -> None:
-    """With several processes: one line for each, and the way to its report."""
+    """With several builds: one line for each, and the way to its report."""
     rows = []
     for facts in found:
         told = verdict(facts)
         figures = {figure.name: figure.value for figure in told.figures}
         rows.append({"folder": facts["folder"], "facts": facts, "verdict": told, "figures": figures})
     names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
-    _write(folder / "index.html", "processes", processes=rows, figure_names=names, run=run)
+    num_processes = len({facts["log"] for facts in found})
+    title = f"{len(found)} builds of one process" if num_processes == 1 else f"{num_processes} processes"
+    if 1 < num_processes < len(found):
+        title += f", {len(found)} builds"
+    _write(folder / "index.html", "processes", title=title, processes=rows, figure_names=names, run=run)

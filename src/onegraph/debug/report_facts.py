@@ -74,6 +74,8 @@ class _Reader:
         except (ValueError, RecursionError) as error:
             self.problems.append(f"{PREFIX}{name} isn't JSON: {error}")
             return None
+        if value is None:  # told that there is nothing
+            return None
         if not isinstance(value, kinds):
             self.problems.append(f"{PREFIX}{name} is a {type(value).__name__} and not a {kinds[0].__name__}")
             return None

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ LOG_GLOB = "dedicated_log_torch_trace_*.log"
 PREFIX = "onegraph_"
 
 _LINE = re.compile(rb"[VIWEC]\d{4} \d\d:\d\d:\d\d\.\d+ (\d+) .*?:\d+\] (\{.*)", re.DOTALL)
+_STAMP = re.compile(rb"[VIWEC](\d{4} \d\d:\d\d:\d\d\.\d+) ")
 _KIND = re.compile(rb'\{"(\w+)"')
 _MOST_BYTES = 32 * 2**20
 _LISTED_PROBLEMS = 20
@@ -38,11 +39,19 @@ class TraceFailure:
         return {"kind": self.kind, "reason": self.reason, "user": self.user}
 
 
+_CompileId = tuple[str, str]
+"""Torch's number of a compile: of the frame, and of its compile."""
+_OF_A_BUILD = ("captured_graph", "constraints", "explain", "ledger")
+"""Names by which an entry says that there was a build, or one that was refused."""
+_OF_THE_PROCESS = ("process", "timeline")
+
+
 @dataclass(frozen=True)
 class TraceLog:
-    """One process's trace. `entries` are payloads by name, without `onegraph_`; of several of one name the last.
+    """One build of a process, with what the process wrote for all. `entries` are payloads by name, without `onegraph_`;
+    of several of one name the last.
 
-    `torch_entries` counts torch's own by kind. `problems` says in words what couldn't be read.
+    `torch_entries` counts torch's own by kind. `problems` says in words what couldn't be read. Both are the process's.
     """
 
     path: Path
@@ -54,17 +63,23 @@ class TraceLog:
 
 
 def find_logs(folder: Path) -> list[Path]:
-    """The trace files of a folder, the process that began first at the front; a file is its own only one."""
+    """The trace files of a folder, the process that wrote first at the front; a file is its own only one."""
     if folder.is_file():
         return [folder]
-    return sorted(folder.glob(LOG_GLOB), key=lambda path: (path.stat().st_mtime, path.name))
+    return sorted(folder.glob(LOG_GLOB), key=lambda path: (_first_stamp(path), path.name))
 
 
-def read_trace_log(path: Path) -> TraceLog:
-    """Reads a whole file. Raises OSError where there is none."""
-    entries: dict[str, str] = {}
+def _first_stamp(path: Path) -> bytes:
+    with path.open("rb") as file:
+        found = _STAMP.match(file.readline(4096))
+    return found[1] if found else b""
+
+
+def read_trace_log(path: Path) -> list[TraceLog]:
+    """Reads a whole file: a log for each build that it has, or one where there is none. Raises OSError."""
+    entries: dict[_CompileId, dict[str, str]] = {}
+    failures: dict[_CompileId, list[TraceFailure]] = {}
     counts: Counter[str] = Counter()
-    failures: list[TraceFailure] = []
     problems: list[str] = []
     pids: Counter[int] = Counter()
     for record in _records(path, problems):
@@ -72,24 +87,43 @@ def read_trace_log(path: Path) -> TraceLog:
         counts[record.kind] += 1
         name = record.name
         if record.kind == "compilation_metrics":
-            failures += _failure(record.header.get("compilation_metrics"))
+            failures.setdefault(record.compile_id, []).extend(_failure(record.header.get("compilation_metrics")))
         elif name is not None:
             counts[record.kind] -= 1
-            entries[name] = record.payload
+            of_compile = entries.setdefault(record.compile_id, {})
+            of_compile.pop(name, None)  # the latest stands last
+            of_compile[name] = record.payload
             problems += [f"{PREFIX}{name}: {record.problem}"] if record.problem else []
     if not pids:
         problems.append("there is no entry in the form of torch's structured trace")
     hidden = len(problems) - _LISTED_PROBLEMS
     if hidden > 0:
         problems[_LISTED_PROBLEMS:] = [f"and {hidden} more of this kind"]
-    return TraceLog(
-        path=path,
-        pid=pids.most_common(1)[0][0] if pids else None,
-        entries=entries,
-        torch_entries={kind: count for kind, count in counts.items() if count > 0 and kind != "str"},
-        failures=tuple(dict.fromkeys(failures)),
-        problems=tuple(problems),
-    )
+    return [
+        TraceLog(
+            path=path,
+            pid=pids.most_common(1)[0][0] if pids else None,
+            entries=of_build,
+            torch_entries={kind: count for kind, count in counts.items() if count > 0 and kind != "str"},
+            failures=tuple(dict.fromkeys(found)),
+            problems=tuple(problems),
+        )
+        for of_build, found in _by_build(entries, failures)
+    ]
+
+
+def _by_build(
+    entries: Mapping[_CompileId, Mapping[str, str]], failures: Mapping[_CompileId, Sequence[TraceFailure]]
+) -> list[tuple[dict[str, str], list[TraceFailure]]]:
+    """The entries and failures of each build, in their order; what belongs to none of them is in all."""
+    builds = [one for one, found in entries.items() if any(name.startswith(_OF_A_BUILD) for name in found)]
+    if len(builds) <= 1:
+        every = [one for found in failures.values() for one in found]
+        return [({name: text for found in entries.values() for name, text in found.items()}, every)]
+    shared = {name: text for one, found in entries.items() if one not in builds for name, text in found.items()}
+    latest = {name: text for found in entries.values() for name, text in found.items() if name in _OF_THE_PROCESS}
+    others = [one for compile_id, found in failures.items() if compile_id not in builds for one in found]
+    return [({**shared, **entries[one], **latest}, [*failures.get(one, ()), *others]) for one in builds]
 
 
 class _Record(NamedTuple):
@@ -100,6 +134,11 @@ class _Record(NamedTuple):
     header: Mapping[str, Any]
     payload: str = ""
     problem: str | None = None
+
+    @property
+    def compile_id(self) -> _CompileId:
+        """Of the compile in which it was written."""
+        return str(self.header.get("frame_id")), str(self.header.get("frame_compile_id"))
 
     @property
     def name(self) -> str | None:

@@ -15,12 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from onegraph.debug.report_folder import RUN_FILE, TRACE_FOLDER, unwritable
 from onegraph.debug.trace_log import find_logs
 from onegraph.env import process_variables
 from onegraph.errors import TraceError
 
-TRACE_FOLDER = "trace"
-_RUN_FILE = "run.json"
 _FOR_THE_COMMAND = (signal.SIGINT, signal.SIGTERM)
 _FROM_THE_TERMINAL = 0x80  # SI_KERNEL
 
@@ -38,12 +37,15 @@ def run_traced(command: Sequence[str], folder: Path, *, output: Any = None) -> T
     """Runs it to its end; traces go to `folder`/trace. `output` is what its standard output goes to, if not to ours.
 
     SIGTERM is passed on to it. So is a SIGINT that was sent to us alone; Ctrl-C reaches it by itself, and ends it and
-    not us. Raises TraceError where a trace lies there already, or the command can't be started.
+    not us. Raises TraceError where a trace lies there already, the command can't be started, or nothing can be written.
     """
     traces = folder / TRACE_FOLDER
     if traces.exists() and find_logs(traces):
         raise TraceError("there is a trace already", where=str(traces), hint="give another folder with --out")
-    traces.mkdir(parents=True, exist_ok=True)
+    try:
+        traces.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
     began = time.monotonic()
     with _unharmed_by_signals():
         try:
@@ -58,14 +60,17 @@ def run_traced(command: Sequence[str], folder: Path, *, output: Any = None) -> T
             ) from error
         code = _waited_for(process)
     run = TracedRun(tuple(command), code, round(time.monotonic() - began, 3))
-    (folder / _RUN_FILE).write_text(json.dumps(asdict(run), indent=1))
+    try:
+        (folder / RUN_FILE).write_text(json.dumps(asdict(run), indent=1))
+    except OSError as error:
+        raise unwritable(folder, error) from error
     return run
 
 
 def kept_run(folder: Path) -> TracedRun | None:
     """What `run_traced` left in a folder; None where the trace came about otherwise."""
     try:
-        known = json.loads((folder / _RUN_FILE).read_text())
+        known = json.loads((folder / RUN_FILE).read_text())
         return TracedRun(tuple(map(str, known["command"])), int(known["exit_code"]), float(known["seconds"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

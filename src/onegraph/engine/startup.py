@@ -36,7 +36,7 @@ from onegraph.op_kernels import OpKernels, install_op_kernels, op_kernels_begun
 from onegraph.store.lookup import Lookup
 from onegraph.targets import describe_target, resolve_device, target_for
 from onegraph.timeline import timeline
-from onegraph.torch_compat.structured_trace import trace_is_written
+from onegraph.torch_compat.structured_trace import latest_compile, trace_is_written, written_for
 
 log = get_logger(__name__)
 
@@ -87,10 +87,11 @@ class Started:
             uncovered=() if plan is None else plan.uncovered,
         )
 
-    def trace(self) -> None:
-        """Writes into torch's trace what is known of it now."""
-        trace_process(self.target, self.compiled.explain().config)
-        trace_explanation(self.explain())
+    def trace(self, compile_id: Any) -> None:
+        """Writes into torch's trace what is known of it now, as of the compile that it was made in."""
+        with written_for(compile_id):
+            trace_process(self.target, self.compiled.explain().config)
+            trace_explanation(self.explain())
 
 
 @collected_later()
@@ -146,8 +147,9 @@ def start_engine(
     )
     timeline.is_ready()
     if trace_is_written():
-        started.trace()
-        engine.tell_recorded(started.trace)
+        trace = functools.partial(started.trace, latest_compile())
+        trace()
+        engine.tell_recorded(trace)
     return started
 
 

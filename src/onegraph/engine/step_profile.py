@@ -97,7 +97,8 @@ class StepProfiler:
     def profile(self, *notes: str) -> StepProfile:
         """What was measured; `notes` are told with it. A trace that is being written (TORCH_TRACE) has it too."""
         found = self._profile(notes)
-        trace_json("profile", found.to_dict)
+        if found.num_steps:
+            trace_json("profile", found.to_dict)
         return found
 
     def _profile(self, notes: tuple[str, ...]) -> StepProfile:

@@ -44,6 +44,18 @@ def new_compile_context() -> contextlib.AbstractContextManager[Any]:
     return scope
 
 
+def latest_compile() -> Any:
+    """The compile whose number was given last; None where there was none."""
+    return _ids.latest
+
+
+@contextlib.contextmanager
+def written_for(compile_id: Any) -> Iterator[None]:
+    """Inside, entries belong to this compile, a value of `latest_compile`."""
+    with contextlib.nullcontext() if compile_id is None else compile_context(CompileContext(compile_id)):
+        yield
+
+
 def first_attempt() -> None:
     """Has what follows belong to the compile itself, where Dynamo has traced more than once: tlparse has a folder and
     a page for each attempt, and shows guards on the first one's page alone."""

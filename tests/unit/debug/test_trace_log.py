@@ -23,11 +23,12 @@ def without_tlparse(monkeypatch: pytest.MonkeyPatch) -> None:
 def read(folder: Path, text: str | bytes) -> trace_log.TraceLog:
     path = folder / "dedicated_log_torch_trace_x.log"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return read_trace_log(path)
+    [log] = read_trace_log(path)
+    return log
 
 
 def test_entries_by_name_and_torch_s_own_counted(tmp_path: Path) -> None:
-    log = read_trace_log(write_trace(tmp_path, {"captured_graph": "a\n\n\tb", "config": {"mode": 1}}))
+    [log] = read_trace_log(write_trace(tmp_path, {"captured_graph": "a\n\n\tb", "config": {"mode": 1}}))
     assert log.entries["captured_graph"] == "a\n\n\tb"
     assert json.loads(log.entries["config"]) == {"mode": 1}
     assert log.torch_entries == {"dynamo_start": 1, "compilation_metrics": 1}
@@ -93,10 +94,35 @@ def test_a_compile_that_torch_gave_up(tmp_path: Path) -> None:
 
 
 def test_the_logs_of_a_folder(tmp_path: Path) -> None:
+    """In the order in which they were begun, whichever was written last."""
     paths = [write_trace(tmp_path, {}, pid=pid) for pid in (3, 1)]
     (tmp_path / "other.log").write_text("")
-    assert sorted(find_logs(tmp_path)) == sorted(paths)
+    paths[1].write_text(paths[1].read_text().replace("10:15:00", "10:14:59"))
+    paths[0].write_text(paths[0].read_text())
+    assert find_logs(tmp_path) == [paths[1], paths[0]]
     assert find_logs(paths[0]) == [paths[0]]
+
+
+def test_builds_of_one_process_are_apart(tmp_path: Path) -> None:
+    """With what the process told last of itself; a compile that failed before any build is shown with each."""
+    of_process = {"process": {"pid": 1}, "timeline": {"events": [], "ready_s": 2.0}}
+    metrics = {"fail_type": "Unsupported", "fail_reason": "a break"}
+    whole = [
+        entry("config", {"a": 1}),
+        entry("process", {"pid": 0}, frame=0),
+        *(entry(name, f"first {name}", frame=0) for name in ("captured_graph", "piece_0_after_fuse_rotary")),
+        line("compilation_metrics", metrics, frame=7),
+        *(entry(name, value, frame=1) for name, value in of_process.items()),
+        entry("captured_graph", "second", frame=1),
+    ]
+    path = tmp_path / "dedicated_log_torch_trace_x.log"
+    path.write_text("".join(whole))
+    first, second = read_trace_log(path)
+    assert first.entries["captured_graph"] == "first captured_graph"
+    assert second.entries["captured_graph"] == "second" and "piece_0_after_fuse_rotary" not in second.entries
+    for log in (first, second):
+        assert {name: json.loads(log.entries[name]) for name in of_process} == of_process
+        assert json.loads(log.entries["config"]) == {"a": 1} and [one.kind for one in log.failures] == ["Unsupported"]
 
 
 NAMES = [*entries(layers=2), "constraints", "ledger_evaluation"]
@@ -108,9 +134,9 @@ def test_an_entry_of_any_form_leaves_a_report(tmp_path: Path, value: object) -> 
     from onegraph.debug.report import build_report
 
     whole = entries(layers=2)
-    keys = set(process_facts(read_trace_log(write_trace(tmp_path / "whole", whole))))
+    keys = set(process_facts(*read_trace_log(write_trace(tmp_path / "whole", whole))))
     for name in NAMES if value in (None, 3) else ("explain", "store", "profile", "timeline", "ledger"):
-        facts = process_facts(read_trace_log(write_trace(tmp_path / "log", {**whole, name: value})))
+        facts = process_facts(*read_trace_log(write_trace(tmp_path / "log", {**whole, name: value})))
         assert set(facts) == keys
         assert facts["config"] or name == "config"
     everything = dict.fromkeys(NAMES, value)
@@ -132,7 +158,7 @@ def test_inner_values_of_other_forms(tmp_path: Path) -> None:
 
 
 def test_facts_of_a_decoder(tmp_path: Path) -> None:
-    facts = process_facts(read_trace_log(write_trace(tmp_path, entries(layers=60))))
+    facts = process_facts(*read_trace_log(write_trace(tmp_path, entries(layers=60))))
     assert facts["problems"] == []
     assert facts["missing"] == []
     assert facts["start"] == "cold"
@@ -163,7 +189,7 @@ def test_facts_of_a_decoder(tmp_path: Path) -> None:
 def test_an_old_trace_says_what_it_lacks(tmp_path: Path) -> None:
     whole = entries(layers=2)
     old = {name: whole[name] for name in ("config", "captured_graph", "ledger", "execution_plan", "explain")}
-    facts = process_facts(read_trace_log(write_trace(tmp_path, old)))
+    facts = process_facts(*read_trace_log(write_trace(tmp_path, old)))
     assert set(facts["missing"]) == {
         f"onegraph_{name}" for name in ("process", "timeline", "split_graph", "store", "recording_plan", "recordings")
     }
@@ -181,6 +207,6 @@ def test_a_refused_compile(tmp_path: Path) -> None:
         "stage": "capture",
         "effect": "narrows",
     }
-    facts = process_facts(read_trace_log(write_trace(tmp_path, {"constraints": [refused]})))
+    facts = process_facts(*read_trace_log(write_trace(tmp_path, {"constraints": [refused]})))
     assert facts["start"] == "refused"
     assert facts["constraints"][0]["user"] == "model.py:7"
