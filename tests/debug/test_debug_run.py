@@ -113,8 +113,17 @@ def test_inputs_are_saved_and_then_taken(model: PieceModel) -> None:
         kept = torch.load(path, weights_only=True)["values"]
         assert [one is None for one in kept] == list(inputs.is_weight)
         assert ran(model, "2", WantedInputs(prompts=("def ",)))[1].source == "step 1 of 'def '"
-        torch.save({"values": kept[:-1], "sizes": inputs.sizes, "source": ""}, path)
-        with pytest.raises(ArtifactError, match="saved of another piece"):
+        place = next(i for i, one in enumerate(kept) if isinstance(one, torch.Tensor))
+        shorter = [one[..., :-1] if i == place else one for i, one in enumerate(kept)]
+        for values in (kept[:-1], shorter, [*kept[:place], kept[place].double(), *kept[place + 1 :]]):
+            torch.save({"values": values, "sizes": inputs.sizes, "source": ""}, path)
+            with pytest.raises(ArtifactError, match="of another piece"):
+                ran(model, "2")
+        torch.save({"values": kept, "sizes": dict.fromkeys(inputs.sizes, 10**9), "source": ""}, path)
+        with pytest.raises(ArtifactError, match=r"1000000000 tokens, and a step"):
+            ran(model, "2")
+        torch.save({"values": None, "sizes": dict.fromkeys(inputs.sizes, "abc"), "source": ""}, path)
+        with pytest.raises(ArtifactError, match="can't be read"):
             ran(model, "2")
         path.write_bytes(b"nothing")
         with pytest.raises(ArtifactError, match="can't be read"):

@@ -7,6 +7,7 @@ read, and shared by the runs.
 from __future__ import annotations
 
 import io
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from onegraph.debug.pieces import AskedPiece, PieceModel, ReachedPiece
 from onegraph.errors import ArtifactError, ConfigError
 from onegraph.ir.fx_nodes import changed_arguments, storage_of, storage_of_value
 from onegraph.store.files import put
+from onegraph.torch_compat.fake_runs import stands_for
 
 INPUTS = "inputs.pt"
 """In a piece's unpacked folder."""
@@ -85,8 +87,10 @@ def reached_with(model: PieceModel, asked: AskedPiece, wanted: WantedInputs) -> 
         kept = next((one for folder in folders if folder is not None and (one := saved(folder))), None)
         if kept is not None:
             size = kept.sizes.get(model.dim.name, model.size_for(asked, 2))
+            if not model.dim.min <= size <= model.dim.max:
+                raise kept.refused(f"they have {size} tokens, and a step {model.dim.min}..{model.dim.max}")
             reached = model.reach(asked, model.random_prompts(size, wanted.seed), 1)
-            return reached, kept.beside(of_step(reached, ""))
+            return reached, kept.beside(of_step(reached, ""), reached.piece.fake_inputs)
         if kind == "saved":
             raise ConfigError(
                 f"no inputs of piece {asked.index} are saved",
@@ -171,16 +175,15 @@ class SavedInputs:
     sizes: dict[str, int]
     source: str
 
-    def beside(self, like: PieceInputs) -> PieceInputs:
-        """With the weights of a step. Raises ArtifactError where the piece has other inputs."""
+    def beside(self, like: PieceInputs, fakes: Sequence[Any]) -> PieceInputs:
+        """With the weights of a step. Raises ArtifactError where the piece, with inputs like `fakes`, takes others."""
+        known: dict[Any, int] = {}
         fits = len(self.values) == len(like.values) and all(
-            weight or _same_kind(one, other)
-            for weight, one, other in zip(like.is_weight, self.values, like.values, strict=True)
+            weight or stands_for(one, fake, known)
+            for weight, one, fake in zip(like.is_weight, self.values, fakes, strict=True)
         )
         if not fits:
-            raise ArtifactError(
-                "these inputs were saved of another piece", where=str(self.path), hint="delete the file, or --save anew"
-            )
+            raise self.refused("they are of another piece, or don't fit one another")
         values = tuple(
             other if weight else one
             for weight, one, other in zip(like.is_weight, self.values, like.values, strict=True)
@@ -191,6 +194,11 @@ class SavedInputs:
         )
         return replace(like, values=values, what=tuple(what), sizes=self.sizes, source=f"saved, {self.source}")
 
+    def refused(self, why: str) -> ArtifactError:
+        """The error for inputs that can't be taken."""
+        hint = "delete the file, or --save anew"
+        return ArtifactError(f"the saved inputs can't be used: {why}", where=str(self.path), hint=hint)
+
 
 def saved(folder: Path) -> SavedInputs | None:
     """None where nothing is saved. Raises ArtifactError for a file that can't be read."""
@@ -199,7 +207,8 @@ def saved(folder: Path) -> SavedInputs | None:
         return None
     try:
         found = torch.load(path, weights_only=True)
-        return SavedInputs(path, found["values"], dict(found["sizes"]), str(found["source"]))
+        sizes = {str(name): operator.index(size) for name, size in found["sizes"].items()}
+        return SavedInputs(path, tuple(found["values"]), sizes, str(found["source"]))
     except Exception as error:
         raise ArtifactError(
             f"saved inputs can't be read: {type(error).__name__}: {error}",
@@ -236,9 +245,3 @@ def _described(value: Any) -> str:
     told = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     bad = int((~value.isfinite()).sum()) if value.is_floating_point() else 0
     return f"{told}, of which {bad} are NaN or infinite" if bad else told
-
-
-def _same_kind(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return bool(one.dtype == other.dtype and one.dim() == other.dim())
-    return bool(type(one) is type(other))

@@ -85,6 +85,20 @@ def bind_symbols(fake: Any, real: Any, sizes: dict[Any, int]) -> None:
             sizes.setdefault(expr, real)
 
 
+def stands_for(real: Any, fake: Any, sizes: dict[Any, int]) -> bool:
+    """Whether a real value may stand in a fake one's place. `sizes` has what symbols stand for, and gets new ones."""
+    if isinstance(fake, torch.Tensor):
+        return (
+            isinstance(real, torch.Tensor)
+            and (real.dtype, real.device.type, real.dim()) == (fake.dtype, fake.device.type, fake.dim())
+            and all(stands_for(number, size, sizes) for number, size in zip(real.shape, fake.shape, strict=True))
+        )
+    if isinstance(fake, torch.SymInt) and isinstance(real, int):
+        bind_symbols(fake, real, sizes)
+        return known_size(fake, sizes) in (None, real)
+    return type(real) is type(fake) and (real == fake or not isinstance(fake, int))
+
+
 def known_size(size: Any, sizes: Sizes) -> int | None:
     """The number that a size is under `sizes`; None where it has symbols that aren't known."""
     try:
