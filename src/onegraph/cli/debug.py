@@ -316,5 +316,5 @@ def _model_words(options: argparse.Namespace, words: Sequence[str], rest: Sequen
 
 def _number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{text!r} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return int(text)

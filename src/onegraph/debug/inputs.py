@@ -100,6 +100,12 @@ def reached_with(model: PieceModel, asked: AskedPiece, wanted: WantedInputs) -> 
     if kind == "random" or (kind is None and tokenizer is None):
         size = wanted.size or model.size_for(asked, SIZE)
         reached = model.reach(asked, model.random_prompts(size, wanted.seed), 1)
+        if (reached_size := reached.sizes.get(model.dim.name, size)) != size:
+            raise ConfigError(
+                f"the step has {reached_size} tokens, and not {size}: the KV cache holds no more requests",
+                where="--size",
+                hint="give a larger --num-kv-blocks, or a smaller size",
+            )
         source = f"random, like those of a step of {size} tokens (seed {wanted.seed})"
         return reached, drawn(of_step(reached, source), wanted.seed)
     prompts, step = wanted.prompts or (PROMPT,), wanted.step or 1
