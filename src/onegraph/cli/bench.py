@@ -16,6 +16,7 @@ from onegraph.cli.flags import (
     UsageError,
     add_model_flags,
     engine_config,
+    json_alone,
     llm_arguments,
     split_compilation_words,
 )
@@ -51,7 +52,8 @@ def main(words: list[str]) -> int:
 
     from onegraph import LLM
 
-    llm = LLM(**llm_arguments(config))
+    with json_alone(options):
+        llm = LLM(**llm_arguments(config))
     longest, asked = llm.engine.limits.max_model_len, options.prompt_len + options.output_len
     if asked > longest:
         raise ConfigError(
@@ -62,8 +64,9 @@ def main(words: list[str]) -> int:
     if not options.json:
         print(llm.summary(), flush=True)
     rounds = Rounds(llm, options.requests, options.prompt_len, options.output_len)
-    facts = rounds.measured(options.rounds)
-    profiles = rounds.profiled() if options.profile else {}
+    with json_alone(options):
+        facts = rounds.measured(options.rounds)
+        profiles = rounds.profiled() if options.profile else {}
     if options.json:
         shown = {name: profile.to_dict() for name, profile in profiles.items()}
         print(json.dumps({**facts, "profile": shown or None}, indent=1), flush=True)

@@ -16,6 +16,7 @@ from onegraph.cli.flags import (
     UsageError,
     add_model_flags,
     engine_config,
+    json_alone,
     split_compilation_words,
 )
 from onegraph.env import environment
@@ -73,21 +74,22 @@ def run(words: list[str]) -> int:
     from onegraph.debug.pieces import PieceModel
     from onegraph.debug.run import run_piece
 
-    model = PieceModel(config, options.size)
-    prompts = tuple(options.prompt or ())
-    wanted = WantedInputs(options.inputs, prompts, options.step, options.size, config.seed)
-    reached, inputs = reached_with(model, model.find(options.piece), wanted)
-    folder = model.folder(reached.compiled.key)
-    if options.pdb or options.save:
-        _refuse_without_folder(reached, folder, "--pdb" if options.pdb else "--save")
-    kept = save(inputs, folder) if options.save and folder is not None else None  # it may crash
-    if options.pdb and folder is not None:
-        from onegraph.debug.debuggers import under_pdb
+    with json_alone(options):
+        model = PieceModel(config, options.size)
+        prompts = tuple(options.prompt or ())
+        wanted = WantedInputs(options.inputs, prompts, options.step, options.size, config.seed)
+        reached, inputs = reached_with(model, model.find(options.piece), wanted)
+        folder = model.folder(reached.compiled.key)
+        if options.pdb or options.save:
+            _refuse_without_folder(reached, folder, "--pdb" if options.pdb else "--save")
+        kept = save(inputs, folder) if options.save and folder is not None else None  # it may crash
+        if options.pdb and folder is not None:
+            from onegraph.debug.debuggers import under_pdb
 
-        wrapper = folder / "wrapper.py"
-        found = run_piece(reached, inputs, lambda piece: under_pdb(wrapper, piece))
-    else:
-        found = run_piece(reached, inputs)
+            wrapper = folder / "wrapper.py"
+            found = run_piece(reached, inputs, lambda piece: under_pdb(wrapper, piece))
+        else:
+            found = run_piece(reached, inputs)
     facts = _facts(reached, folder, model.edits(reached.compiled.key))
     facts |= {
         "inputs": {"source": inputs.source, "sizes": inputs.sizes, "values": inputs.to_dict()},

@@ -5,7 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from onegraph.cli.flags import Parser, add_model_flags, engine_config, llm_arguments, split_compilation_words
+from onegraph.cli.flags import (
+    Parser,
+    add_model_flags,
+    engine_config,
+    json_alone,
+    llm_arguments,
+    split_compilation_words,
+)
 
 EXAMPLE = """example:
   onegraph explain --json | jq '.pieces[0].ranges'
@@ -43,8 +50,9 @@ def main(words: list[str]) -> int:
 
     from onegraph import LLM
 
-    llm = LLM(**llm_arguments(config))
-    checks = llm.check(options.check) if options.check is not None else ()
+    with json_alone(options):
+        llm = LLM(**llm_arguments(config))
+        checks = llm.check(options.check) if options.check is not None else ()
     explanation = llm.explain()
     facts = explanation.to_dict()
     if options.plan:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +166,11 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return {"True": True, "False": False}.get(text, text)
+
+
+def json_alone(options: argparse.Namespace) -> AbstractContextManager[Any]:
+    """Inside, what a model's code prints goes to stderr, if stdout is to have JSON alone."""
+    return redirect_stdout(sys.stderr) if options.json else nullcontext()
 
 
 def engine_config(options: argparse.Namespace, compilation: dict[str, Any]) -> EngineConfig:

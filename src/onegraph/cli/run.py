@@ -7,7 +7,14 @@ import sys
 import time
 from typing import Any
 
-from onegraph.cli.flags import Parser, add_model_flags, engine_config, llm_arguments, split_compilation_words
+from onegraph.cli.flags import (
+    Parser,
+    add_model_flags,
+    engine_config,
+    json_alone,
+    llm_arguments,
+    split_compilation_words,
+)
 
 PROMPTS = ("def ", "import ", "class Queue:\n", "for i in range(")
 EXAMPLE = """example:
@@ -35,12 +42,13 @@ def main(words: list[str]) -> int:
 
     params = SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens)
     prompts = list(options.prompt or PROMPTS)
-    llm = LLM(**llm_arguments(config))
-    if not options.json:
-        print(llm.summary(), flush=True)
-    quiet = options.json or not sys.stderr.isatty()
-    facts = _generate(llm, prompts, params, quiet)
-    table = _compare(llm, config, prompts, params, facts, quiet) if options.table else None
+    with json_alone(options):
+        llm = LLM(**llm_arguments(config))
+        if not options.json:
+            print(llm.summary(), flush=True)
+        quiet = options.json or not sys.stderr.isatty()
+        facts = _generate(llm, prompts, params, quiet)
+        table = _compare(llm, config, prompts, params, facts, quiet) if options.table else None
     if options.json:
         explained = llm.explain().to_dict()
         print(json.dumps({**facts, "table": table, "explain": explained}, indent=1))
