@@ -65,6 +65,20 @@ def environment() -> Environment:
     )
 
 
+def check_torch_trace() -> None:
+    """Raises ConfigError for a TORCH_TRACE that torch can't write into; it is torch's, and torch makes the folder."""
+    folder = os.environ.get("TORCH_TRACE")
+    hint = "set TORCH_TRACE to a folder, or unset it"
+    if folder == "":
+        raise ConfigError("TORCH_TRACE is empty", where="environment", hint=hint)
+    if folder is not None:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            told = f"no trace can be written to TORCH_TRACE={folder}: {error.strerror or error}"
+            raise ConfigError(told, where="environment", hint=hint) from error
+
+
 def process_variables() -> os._Environ[str]:
     """The process's environment itself, for code that compares what a model read from it."""
     return os.environ

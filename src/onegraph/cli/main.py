@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from onegraph import __version__
 from onegraph.cli import bench, cache, compile, config, debug, doctor, explain, run, serve, trace
 from onegraph.cli.flags import UsageError
+from onegraph.env import check_torch_trace
 from onegraph.errors import ConfigError, OnegraphError, nearest
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
@@ -43,6 +44,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if given[0] not in COMMANDS:
             raise UsageError(f"onegraph: there is no command {given[0]!r}; {nearest(given[0], COMMANDS)}")
+        check_torch_trace()
         words = [word for word in ours[1:] if word != "--verbose"]
         return COMMANDS[given[0]][0]([*words, *given[len(ours) :]])
     except UsageError as error:
@@ -60,8 +62,16 @@ def main(words: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:  # noqa: BLE001 - a bug is told in one block too; --verbose shows where
         last = traceback.extract_tb(error.__traceback__)[-1]
+        if isinstance(error, ValueError) and last.filename.endswith("torch/_logging/_internal.py"):
+            return _failed(f"onegraph: {_wrong_torch_logs(error)}", 2, verbose)
         message = f"onegraph: unexpected {type(error).__name__}: {error}\n  where: {last.filename}:{last.lineno}"
         return _failed(f"{message}\n  to do: --verbose shows more; please report it", 1, verbose)
+
+
+def _wrong_torch_logs(error: ValueError) -> ConfigError:
+    """Torch reads TORCH_LOGS when it is imported, and says more than a screen of what it takes."""
+    hint = "TORCH_LOGS=help with any command that runs a model lists all; docs/trace.md has those that tell of onegraph"
+    return ConfigError(str(error).strip().splitlines()[0], where="TORCH_LOGS", hint=hint)
 
 
 def _failed(message: str, code: int, verbose: bool) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -70,7 +71,7 @@ class _Reader:
         if name not in self._entries:
             return None
         try:
-            value = json.loads(self._entries[name])
+            value = json.loads(self._entries[name], parse_constant=_finite, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             self.problems.append(f"{PREFIX}{name} isn't JSON: {error}")
             return None
@@ -87,6 +88,14 @@ class _Reader:
         except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
             self.problems.append(f"{PREFIX}{name} has another form than this version reads: {error!r}")
             return otherwise
+
+
+def _finite(text: str) -> float:
+    """A number that can be drawn. Raises ValueError for NaN and for what is too large."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number that can be shown")
+    return number
 
 
 def _graph(explain: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from markupsafe import Markup, escape
 from onegraph.debug.svg_element import element, percent
 
 
-def seconds(value: float | None) -> str:
-    """Three digits, in the unit that fits."""
-    if value is None:
+def seconds(value: object) -> str:
+    """Three digits, in the unit that fits; a dash for what is no number."""
+    if not isinstance(value, int | float):
         return "–"
     for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
         if abs(value) >= factor:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from onegraph.errors import TraceError
 
 _FOR_THE_COMMAND = (signal.SIGINT, signal.SIGTERM)
 _FROM_THE_TERMINAL = 0x80  # SI_KERNEL
+_GRACE_S = 5
+"""Nobody tells whether the command got a signal that we got: so long it has to end, until it gets one from us."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ def run_traced(command: Sequence[str], folder: Path, *, output: Any = None) -> T
                 command, stdout=output, env={**process_variables(), "TORCH_TRACE": str(traces.resolve())}
             )
         except OSError as error:
+            with suppress(OSError):  # not if anything is in them
+                traces.rmdir()
+                folder.rmdir()
             raise TraceError(
                 f"the command can't be started: {error}",
                 where=" ".join(command),
@@ -111,7 +116,7 @@ def _waited_for(process: subprocess.Popen[bytes]) -> int:
 def _ends_by_itself(process: subprocess.Popen[bytes]) -> bool:
     """Whether it got the signal, too, as all of a group do; to a server a second one would say "at once"."""
     try:
-        process.wait(1)
+        process.wait(_GRACE_S)
     except subprocess.TimeoutExpired:
         return False
     return True

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from onegraph.cli import main as main_module
@@ -57,3 +62,21 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"onegraph {onegraph.__version__}\n"
+
+
+@pytest.mark.parametrize("value", ["", "file", "file/below"])
+def test_a_trace_that_cannot_be_written(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_TRACE", value)
+    assert main(["config"]) == 2
+    assert "[OG-CONFIG]" in (told := capsys.readouterr().err) and "TORCH_TRACE" in told
+
+
+def test_a_log_that_torch_does_not_know() -> None:
+    words = [sys.executable, "-m", "onegraph.cli.main", "run", "--enforce-eager", "--num-kv-blocks", "16"]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "TORCH_LOGS": "nope"}, timeout=300)
+    assert done.returncode == 2
+    assert "[OG-CONFIG]" in done.stderr and "nope" in done.stderr and len(done.stderr.splitlines()) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,18 @@ def test_inner_values_of_other_forms(tmp_path: Path) -> None:
             build_report(tmp_path / "report", [write_trace(tmp_path / "log", broken)])
             broken = {**whole, name: {key: [{"index": "x"}, None] for key in value}}
             build_report(tmp_path / "report", [write_trace(tmp_path / "log", broken)])
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-1e999", '"x"'])
+def test_seconds_that_are_no_numbers(tmp_path: Path, number: str) -> None:
+    from onegraph.debug.report import build_report
+
+    text = write_trace(tmp_path / "log", entries(layers=2)).read_text()
+    wrong = re.sub(r'("(?:seconds|start_s|seconds_per_step)": )[\d.]+', rf"\g<1>{number}", text)
+    assert wrong != text
+    path = tmp_path / "log" / "dedicated_log_torch_trace_4242.log"
+    path.write_text(wrong)
+    assert build_report(tmp_path / "report", [path])["processes"][0]["problems"]
 
 
 def test_facts_of_a_decoder(tmp_path: Path) -> None:
