@@ -131,7 +131,7 @@ def test_the_openai_client_raises_its_own_errors(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1/embeddings", "/v1/nothing", "/profile?steps=3", "/docs", "/v1/completions/"]
+    "path", ["/", "/v1/embeddings", "/v1/nothing", "/profiles", "/docs", "/v1/completions/"]
 )
 def test_paths_that_are_not_there(path: str, server: Live) -> None:
     response = server.http.request("POST" if "embeddings" in path else "GET", path)

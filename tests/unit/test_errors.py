@@ -44,6 +44,7 @@ def test_codes_are_stable_and_differ() -> None:
         "RecordingError": "OG-RECORDING",
         "EngineError": "OG-ENGINE",
         "ServeError": "OG-SERVE",
+        "TraceError": "OG-TRACE",
     }
 
 
