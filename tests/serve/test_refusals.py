@@ -130,9 +130,7 @@ def test_the_openai_client_raises_its_own_errors(client: openai.OpenAI) -> None:
     assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/v1/embeddings", "/v1/nothing", "/profiles", "/docs", "/v1/completions/"]
-)
+@pytest.mark.parametrize("path", ["/", "/v1/embeddings", "/v1/nothing", "/profiles", "/docs", "/v1/completions/"])
 def test_paths_that_are_not_there(path: str, server: Live) -> None:
     response = server.http.request("POST" if "embeddings" in path else "GET", path)
     assert response.status_code == 404
