@@ -32,6 +32,7 @@ from onegraph.log import get_logger
 from onegraph.ops.library import LIBRARY, implementation
 from onegraph.store.linear_choices import LinearChoices
 from onegraph.store.store import Store
+from onegraph.timeline import timeline
 
 log = get_logger(__name__)
 
@@ -120,12 +121,13 @@ def _find(wanted: Mapping[LinearShape, str], op: LinearOp, machine: Mapping[str,
         return
     with contextlib.nullcontext() if records is None else records.measuring():
         read()  # what another process has measured meanwhile
-        for choice in measure(missing, op):
-            _known[missing[choice.shape]] = choice
-            counters.add("linear_shapes_measured", int(choice.is_measured))
-            if records is not None and choice.is_measured:
-                records.keep(missing[choice.shape], choice, machine)
-            log.info("%s", choice)
+        with timeline.stage("kernels", "linear layers, measured"):
+            for choice in measure(missing, op):
+                _known[missing[choice.shape]] = choice
+                counters.add("linear_shapes_measured", int(choice.is_measured))
+                if records is not None and choice.is_measured:
+                    records.keep(missing[choice.shape], choice, machine)
+                log.info("%s", choice)
 
 
 def measure(shapes: Iterable[LinearShape], op: LinearOp) -> Iterator[LinearChoice]:
