@@ -252,6 +252,12 @@ class EngineThread:
         asked.is_begun = True
         try:
             profiler.start()
+        except Exception as error:  # noqa: BLE001 - as below; what was put in is out again
+            log.error("no profile could be made: %s", _without_values(error))
+            self._profiling = None
+            asked.told(None)
+            return
+        try:
             hand_over = profiler.wrap("hand over", self._hand_over)
             while profiler.num_steps < asked.num_steps and not asked.is_ended and self._obey(engine):
                 if engine.has_unfinished():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pdb
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from fake_model import FakeModel, expected_tokens, make_engine
 from onegraph.engine.engine_thread import EngineThread
 from onegraph.engine.outputs import RequestOutput
 from onegraph.engine.sampling_params import SamplingParams
+from onegraph.engine.step_profile import StepProfiler
 from onegraph.errors import ConfigError, EngineError
+from onegraph.ir.step_profile import StepProfile
 
 
 class Answers:
@@ -264,3 +267,18 @@ def test_it_says_that_it_stands_at_a_breakpoint() -> None:
         answers.wait("a")
         assert not thread.is_in_debugger
         assert thread.stop()
+
+
+def test_a_profile_that_cannot_begin_costs_nobody_else_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(profiler: StepProfiler) -> None:
+        raise RuntimeError("no timers")
+
+    monkeypatch.setattr(StepProfiler, "start", fails)
+    told: queue.Queue[StepProfile | None] = queue.Queue()
+    with running() as (thread, answers, _):
+        for name in "ab":
+            assert thread.profile(3, told.put) is not None
+            assert told.get(timeout=30) is None
+            thread.submit(name, [1, 2], greedy())
+            (output,) = answers.wait(name)
+            assert list(output.outputs[0].token_ids) == expected_tokens([1, 2], 8) and thread.state == "ready"
