@@ -152,10 +152,11 @@ def test_inner_values_of_other_forms(tmp_path: Path) -> None:
     whole = entries(layers=1)
     for name, value in whole.items():
         if isinstance(value, dict):
-            broken = {**whole, name: dict.fromkeys(value, 7)}
-            build_report(tmp_path / "report", [write_trace(tmp_path / "log", broken)])
-            broken = {**whole, name: {key: [{"index": "x"}, None] for key in value}}
-            build_report(tmp_path / "report", [write_trace(tmp_path / "log", broken)])
+            for wrong in (dict.fromkeys(value, 7), {key: [{"index": "x"}, None] for key in value}):
+                log = write_trace(tmp_path / "log", {**whole, name: wrong})
+                (facts,) = build_report(tmp_path / "report", [log])["processes"]
+                assert facts["texts"] and (facts["config"] or name == "config")
+                assert (tmp_path / "report/index.html").read_text().endswith("</html>")
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-1e999", '"x"'])
